@@ -1,0 +1,49 @@
+"""Schedules as values: one builder per strategy, and the checker that proves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.schedule.check import ScheduleError, check
+from swiftfusion_xdit.schedule.classic import ring, ulysses, usp
+from swiftfusion_xdit.schedule.pipelined import pipelined
+from swiftfusion_xdit.schedule.steps import Program, Schedule
+from swiftfusion_xdit.schedule.torus import torus
+
+__all__ = ["BUILDERS", "Schedule", "ScheduleError", "build", "check"]
+
+BUILDERS: dict[str, Callable[..., Program]] = {
+    "ulysses": ulysses,
+    "ring": ring,
+    "usp": usp,
+    "torus": torus,
+    "pipelined": pipelined,
+}
+
+
+@lru_cache(maxsize=64)
+def build(name: str, mesh: Mesh, *, groups_per_rank: int = 1) -> Schedule:
+    """Build every rank's program.
+
+    Args:
+        name: a key of ``BUILDERS``.
+        groups_per_rank: head groups that each rank works through in turn; only ``pipelined``
+            takes more than one.
+
+    Raises:
+        ValueError: an unknown name, a mesh the builder does not serve, or a number of groups
+            it cannot use.
+    """
+    builder = BUILDERS.get(name)
+    if builder is None:
+        raise ValueError(f"schedule must be one of {sorted(BUILDERS)}, got {name!r}")
+    if groups_per_rank < 1 or (groups_per_rank > 1 and builder is not pipelined):
+        raise ValueError(
+            "groups_per_rank must be 1, or more with schedule 'pipelined', "
+            f"got {groups_per_rank} with {name!r}"
+        )
+    options = {"groups_per_rank": groups_per_rank} if builder is pipelined else {}
+    programs = tuple(builder(mesh, rank, **options) for rank in range(mesh.size))
+    return Schedule(name, mesh, groups_per_rank, programs)

@@ -1,0 +1,143 @@
+"""Collects the steps of one rank's program; the builders speak through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.schedule.steps import (
+    Attend,
+    Block,
+    Collect,
+    Copy,
+    Merge,
+    Program,
+    Put,
+    Release,
+    Step,
+    Stream,
+    TensorName,
+    Wait,
+)
+
+
+class ProgramBuilder:
+    """Records steps for ``rank``; ``finish`` adds the releases and returns the program."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        rank: int,
+        *,
+        query_order: Sequence[int],
+        key_order: Sequence[int],
+        groups_per_rank: int = 1,
+    ) -> None:
+        self.mesh = mesh
+        self.rank = rank
+        self.at = mesh.coordinates(rank)
+        self.query_order = tuple(query_order)
+        self.key_order = tuple(key_order)
+        self.groups_per_rank = groups_per_rank
+        self._steps: list[Step] = []
+        self._stage = ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Label the steps recorded inside with a phase of the algorithm."""
+        outer, self._stage = self._stage, name
+        yield
+        self._stage = outer
+
+    def heads(self, rank: int, group: int = 0) -> int:
+        """The ``group``-th head group that ``rank`` attends."""
+        return self.mesh.head_group(rank) * self.groups_per_rank + group
+
+    def put(self, tensors: str, peer: int, *, stream: Stream, group: int = 0) -> None:
+        """Put this rank's own rows, for the heads that ``peer`` attends."""
+        for tensor in _names(tensors):
+            block = Block(tensor, self.rank, self.heads(peer, group))
+            self._steps.append(Put(self._stage, stream, block, peer))
+
+    def relay(self, tensors: str, chunk: int, peer: int, *, stream: Stream, group: int = 0) -> None:
+        """Put received rows of ``chunk`` on to a peer that attends the same heads."""
+        for tensor in _names(tensors):
+            block = Block(tensor, chunk, self.heads(self.rank, group))
+            self._steps.append(Put(self._stage, stream, block, peer))
+
+    def wait(
+        self,
+        tensors: str,
+        chunk: int,
+        *,
+        source: int | None = None,
+        stream: Stream = "compute",
+        group: int = 0,
+    ) -> None:
+        """Wait for rows of ``chunk``, put by ``source`` (their owner by default)."""
+        if chunk == self.rank:
+            return
+        peer = chunk if source is None else source
+        for tensor in _names(tensors):
+            block = Block(tensor, chunk, self.heads(self.rank, group))
+            self._steps.append(Wait(self._stage, stream, block, peer))
+
+    def copy_own(self, *, group: int = 0) -> None:
+        """Place the own rows among the received ones, where operands will span several chunks."""
+        heads = self.heads(self.rank, group)
+        tensors = ("q" if len(self.query_order) > 1 else "") + (
+            "kv" if len(self.key_order) > 1 else ""
+        )
+        for tensor in _names(tensors):
+            self._steps.append(Copy(self._stage, "compute", Block(tensor, self.rank, heads)))
+
+    def attend(self, queries: Iterable[int], keys: Iterable[int], *, group: int = 0) -> None:
+        heads = self.heads(self.rank, group)
+        self._steps.append(Attend(self._stage, "compute", tuple(queries), tuple(keys), heads))
+
+    def merge_and_push(self, queries: Sequence[int], *, stream: Stream, group: int = 0) -> None:
+        """Finish the output of these query chunks and send home what is not this rank's."""
+        heads = self.heads(self.rank, group)
+        self._steps.append(Merge(self._stage, "compute", tuple(queries), heads))
+        for chunk in queries:
+            if chunk != self.rank:
+                block = Block("o", chunk, heads)
+                self._steps.append(Put(self._stage, stream, block, chunk))
+
+    def collect_output(self) -> None:
+        """Take home this rank's output rows from every rank that attended them."""
+        with self.stage("collect_o"):
+            for group in range(self.groups_per_rank):
+                for peer in self.query_order:
+                    if peer == self.rank:
+                        continue
+                    block = Block("o", self.rank, self.heads(peer, group))
+                    self._steps.append(Wait(self._stage, "compute", block, peer))
+                    self._steps.append(Collect(self._stage, "compute", block))
+
+    def finish(self) -> Program:
+        """The program, with every slot released right after its last reader."""
+        program = Program(self.rank, self.query_order, self.key_order, tuple(self._steps))
+        last_reader: dict[Block, int] = {}
+        for index, step in enumerate(program.steps):
+            for block in program.reads(step):
+                last_reader[block] = index
+        released: dict[int, list[Release]] = {}
+        for step in program.steps:
+            if isinstance(step, Wait):
+                index = last_reader[step.block]
+                reader = program.steps[index]
+                release = Release(reader.stage, reader.stream, step.block, step.peer)
+                released.setdefault(index, []).append(release)
+        steps: list[Step] = []
+        for index, step in enumerate(program.steps):
+            steps.append(step)
+            steps.extend(released.get(index, ()))
+        return Program(self.rank, self.query_order, self.key_order, tuple(steps))
+
+
+def _names(tensors: str) -> Iterator[TensorName]:
+    for name in tensors:
+        assert name in ("q", "k", "v", "o"), name
+        yield name  # type: ignore[misc]
