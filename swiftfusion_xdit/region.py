@@ -44,9 +44,9 @@ class Region:
 
     @property
     def end_bytes(self) -> int:
-        """One past its last byte in the buffer."""
+        """One past its last byte in the buffer; 0 if it has none."""
         if 0 in self.shape:
-            return self.offset_bytes
+            return 0
         last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         return self.offset_bytes + (last + 1) * self.dtype.itemsize
 
@@ -61,5 +61,6 @@ class Region:
                 f"region must end within the buffer: ends at byte {self.end_bytes} of "
                 f"{memory.numel()} ({self})"
             )
-        window = memory[self.offset_bytes : self.end_bytes].view(self.dtype)
+        start = min(self.offset_bytes, self.end_bytes)  # an empty region may lie anywhere
+        window = memory[start : self.end_bytes].view(self.dtype)
         return window.as_strided(self.shape, self.stride)

@@ -15,7 +15,7 @@ so a program may run any number of times, after and before any other, without a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 from swiftfusion_xdit.mesh import Mesh
@@ -188,7 +188,7 @@ class Schedule:
     name: str
     mesh: Mesh
     groups_per_rank: int
-    programs: tuple[Program, ...]
+    programs: tuple[Program, ...] = field(repr=False)
 
     @property
     def num_head_groups(self) -> int:

@@ -1,0 +1,282 @@
+"""A plan: the mesh and schedule chosen for one shape, and where every block lies in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+
+from swiftfusion_xdit.mesh import Mesh, paper_mesh, torus_mesh, usp_mesh
+from swiftfusion_xdit.region import Region
+from swiftfusion_xdit.schedule import build
+from swiftfusion_xdit.schedule.steps import (
+    Attend,
+    Block,
+    Program,
+    Put,
+    Schedule,
+    TensorName,
+    Wait,
+)
+from swiftfusion_xdit.topology import Topology
+
+STRATEGIES = ("usp", "tas", "torus")
+SCHEDULES = ("auto", "torus", "pipelined")
+PIPELINED_GROUPS = 2
+NUM_PARITIES = 2  # even and odd layers have slots of their own
+ALIGNMENT_BYTES = 256
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of one attention layer over a whole group.
+
+    Rank p brings ``q [batch, query_lengths[p], num_heads, head_dim]`` and
+    ``k, v [batch, key_lengths[p], num_kv_heads, head_dim]``.
+    """
+
+    batch: int
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def lengths(self, tensor: TensorName) -> tuple[int, ...]:
+        """Rows of every chunk of a tensor."""
+        return self.query_lengths if tensor in ("q", "o") else self.key_lengths
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A contiguous ``[batch, rows, heads, head_dim]`` array of one rank's symmetric memory."""
+
+    offset_bytes: int
+    shape: tuple[int, int, int, int]
+
+    def window(self, rows: range, heads: range, dtype: torch.dtype, offset_bytes: int) -> Region:
+        batch, num_rows, num_heads, dim = self.shape
+        skipped = (rows.start * num_heads + heads.start) * dim
+        return Region(
+            offset_bytes + self.offset_bytes + skipped * dtype.itemsize,
+            (batch, len(rows), len(heads), dim),
+            (num_rows * num_heads * dim, num_heads * dim, dim, 1),
+            dtype,
+        )
+
+
+class Layout:
+    """Where the slots of one rank lie.
+
+    Per head group that the rank attends: q, k, v with the rows of all received chunks in memory
+    order, so that an operand of several chunks is one view. Then the output rows of the rank
+    itself, all heads, where peers put what they attended. Once for even and once for odd layers.
+    """
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.plan = plan
+        self.program: Program = plan.schedule.programs[rank]
+        self._matrices: dict[tuple[TensorName, int], Matrix] = {}
+        self._row_starts: dict[TensorName, dict[int, int]] = {}
+        shape = plan.shape
+        orders: dict[TensorName, tuple[int, ...]] = {
+            "q": self.program.query_order,
+            "k": self.program.key_order,
+            "v": self.program.key_order,
+            "o": (rank,),
+        }
+        for tensor, order in orders.items():
+            lengths = [shape.lengths(tensor)[chunk] for chunk in order]
+            starts = accumulate(lengths, initial=0)
+            self._row_starts[tensor] = dict(zip(order, starts, strict=False))
+        end = 0
+        for tensor, heads in self._held(rank):
+            rows = sum(shape.lengths(tensor)[chunk] for chunk in orders[tensor])
+            num_heads = shape.num_heads if tensor == "o" else len(plan.heads(tensor, heads))
+            matrix = Matrix(end, (shape.batch, rows, num_heads, shape.head_dim))
+            self._matrices[tensor, heads] = matrix
+            end += _aligned(math.prod(matrix.shape) * shape.dtype.itemsize)
+        self.layer_bytes = end
+
+    def _held(self, rank: int) -> list[tuple[TensorName, int]]:
+        """The arrays this rank holds: none for an operand that is always its own chunk."""
+        groups = self.plan.schedule.groups_per_rank
+        first = self.plan.mesh.head_group(rank) * groups
+        held: list[tuple[TensorName, int]] = []
+        for heads in range(first, first + groups):
+            if len(self.program.query_order) > 1:
+                held.append(("q", heads))
+            if len(self.program.key_order) > 1:
+                held += [("k", heads), ("v", heads)]
+        if len(self.program.query_order) > 1:
+            held.append(("o", 0))
+        return held
+
+    def slot(self, block: Block, parity: int) -> Region:
+        """The slot of one block."""
+        return self.operand(block.tensor, (block.chunk,), block.heads, parity)
+
+    def operand(self, tensor: TensorName, chunks: Sequence[int], heads: int, parity: int) -> Region:
+        """The rows of neighbouring chunks as one window."""
+        start = self._row_starts[tensor][chunks[0]]
+        lengths = self.plan.shape.lengths(tensor)
+        rows = range(start, start + sum(lengths[chunk] for chunk in chunks))
+        if tensor == "o":
+            matrix, columns = self._matrices["o", 0], self.plan.heads("o", heads)
+        else:
+            matrix = self._matrices[tensor, heads]
+            columns = range(matrix.shape[2])
+        return matrix.window(rows, columns, self.plan.shape.dtype, parity * self.plan.layer_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule bound to sizes: heads of each group, slots, and the flags beside them."""
+
+    shape: AttentionShape
+    schedule: Schedule
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.schedule.mesh
+
+    @cached_property
+    def query_heads(self) -> tuple[range, ...]:
+        """The query heads of each head group: as even as possible, the larger ones first."""
+        fine = []
+        for coarse in split_evenly(range(self.shape.num_heads), self.mesh.num_head_groups):
+            fine += split_evenly(coarse, self.schedule.groups_per_rank)
+        return tuple(fine)
+
+    def heads(self, tensor: TensorName, heads: int) -> range:
+        """The heads of a group in a tensor: for k and v those that its query heads share."""
+        query_heads = self.query_heads[heads]
+        if tensor in ("q", "o") or not query_heads:
+            return query_heads
+        shared_by = self.shape.num_heads // self.shape.num_kv_heads
+        return range(query_heads[0] // shared_by, query_heads[-1] // shared_by + 1)
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        return tuple(Layout(self, rank) for rank in range(self.mesh.size))
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        """Bytes of one parity's slots: the most that any rank needs."""
+        return max(layout.layer_bytes for layout in self.layouts)
+
+    @property
+    def symmetric_bytes(self) -> int:
+        """Bytes of symmetric memory on every rank."""
+        return NUM_PARITIES * self.layer_bytes
+
+    @cached_property
+    def full_flags(self) -> tuple[dict[Block, int], ...]:
+        """Per rank: the number of the FULL flag of each slot that it owns."""
+        return tuple(
+            {step.block: i for i, step in enumerate(_steps(program, Wait))}
+            for program in self.schedule.programs
+        )
+
+    @cached_property
+    def free_flags(self) -> tuple[dict[tuple[int, Block], int], ...]:
+        """Per rank: the number of the FREE flag of each (peer, slot) that it puts to."""
+        return tuple(
+            {(step.peer, step.block): i for i, step in enumerate(_steps(program, Put))}
+            for program in self.schedule.programs
+        )
+
+    @cached_property
+    def _flag_stride(self) -> tuple[int, int]:
+        return max(map(len, self.full_flags)), max(map(len, self.free_flags))
+
+    @property
+    def num_flags(self) -> int:
+        return NUM_PARITIES * sum(self._flag_stride)
+
+    def full_flag(self, owner: int, block: Block, parity: int) -> int:
+        """Index, at ``owner``, of the flag that says its slot is full."""
+        num_full, num_free = self._flag_stride
+        return parity * (num_full + num_free) + self.full_flags[owner][block]
+
+    def free_flag(self, writer: int, peer: int, block: Block, parity: int) -> int:
+        """Index, at ``writer``, of the flag that says its slot at ``peer`` may be written."""
+        num_full, num_free = self._flag_stride
+        return parity * (num_full + num_free) + num_full + self.free_flags[writer][peer, block]
+
+
+def make_plan(
+    shape: AttentionShape,
+    topology: Topology,
+    *,
+    strategy: str = "torus",
+    mesh: Mesh | None = None,
+    schedule: str = "auto",
+    has_lse: bool = True,
+) -> Plan:
+    """Choose mesh and schedule for a shape.
+
+    Args:
+        strategy: ``torus``; or ``usp`` and ``tas``, the classic schedule on USP's own layout and
+            on the topology-aware one.
+        mesh: forces the mesh; by default the strategy's rule for this topology and head count.
+        schedule: forces ``torus`` or ``pipelined``; ``auto`` takes ``torus`` where the attention
+            kernel has a log-sum-exp and ``pipelined`` elsewhere.
+        has_lse: whether the local attention kernel returns one.
+
+    Raises:
+        ValueError: a mesh that does not fit the group or the heads, or a schedule that needs a
+            log-sum-exp that the kernel does not have.
+    """
+    choose_mesh = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}[strategy]
+    mesh = mesh or choose_mesh(topology, shape.num_heads)
+    mesh.require(num_ranks=topology.num_ranks, num_heads=shape.num_heads)
+    if strategy != "torus":
+        name = "usp"
+    elif schedule == "auto":
+        name = "torus" if has_lse else "pipelined"
+    else:
+        name = schedule
+    groups = 1
+    if name == "pipelined":
+        groups = min(PIPELINED_GROUPS, shape.num_heads // mesh.num_head_groups)
+    plan = Plan(shape, build(name, mesh, groups_per_rank=groups))
+    if not has_lse and needs_lse(plan.schedule):
+        raise ValueError(
+            f"schedule {name!r} merges partial outputs and needs an attention backend with a "
+            "log-sum-exp; use schedule='pipelined'"
+        )
+    return plan
+
+
+def needs_lse(schedule: Schedule) -> bool:
+    """Whether any output has more than one partial."""
+    for program in schedule.programs:
+        seen: set[tuple[int, int]] = set()
+        for step in _steps(program, Attend):
+            pairs = {(chunk, step.heads) for chunk in step.queries}
+            if pairs & seen:
+                return True
+            seen |= pairs
+    return False
+
+
+def split_evenly(items: range, num_parts: int) -> list[range]:
+    """Consecutive parts whose sizes differ by at most one, the larger ones first."""
+    size, larger = divmod(len(items), num_parts)
+    ends = accumulate(size + (i < larger) for i in range(num_parts))
+    starts = [items.start, *(items.start + end for end in ends)]
+    return [range(a, b) for a, b in pairwise(starts)]
+
+
+def _steps(program: Program, kind: type) -> list:
+    return [step for step in program.steps if isinstance(step, kind)]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,268 @@
+"""Executes one rank's program: binds every step to memory once, then runs the steps in order."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from swiftfusion_xdit.attention import Backend, attend
+from swiftfusion_xdit.attention.merge import merge
+from swiftfusion_xdit.comm import Communicator, Flag, SymmetricBuffer
+from swiftfusion_xdit.plan import NUM_PARITIES, Plan
+from swiftfusion_xdit.schedule.steps import (
+    Attend,
+    Block,
+    Collect,
+    Copy,
+    Merge,
+    Put,
+    Release,
+    Step,
+    TensorName,
+    Wait,
+)
+from swiftfusion_xdit.simulate.timeline import Event
+
+
+@dataclass
+class _Layer:
+    """What exists while one layer runs: its inputs, partials, finished blocks and result."""
+
+    inputs: dict[str, Tensor]
+    out: Tensor
+    scale: float
+    on_wait: Callable[[], None] | None
+    partials: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    finished: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+Action = Callable[[_Layer], None]
+Source = Callable[[_Layer], Tensor]
+
+
+class LayerRunner:
+    """Runs the layers of one plan on one rank. Owns the plan's symmetric buffer.
+
+    Consecutive layers alternate between two sets of slots, so a put rarely waits for a reader of
+    the layer before.
+    """
+
+    def __init__(self, plan: Plan, comm: Communicator, backend: Backend) -> None:
+        """Collective: allocates the plan's symmetric memory on every rank."""
+        self.plan = plan
+        self._comm = comm
+        self._backend = backend
+        self._rank = comm.rank
+        self._program = plan.schedule.programs[comm.rank]
+        self._layout = plan.layouts[comm.rank]
+        self.buffer: SymmetricBuffer = comm.allocate(plan.symmetric_bytes, num_flags=plan.num_flags)
+        self._num_layers = 0
+        self.reset_flags()
+        self._actions = [
+            [self._bind(step, parity) for step in self._program.steps]
+            for parity in range(NUM_PARITIES)
+        ]
+        self._contexts = [f"step {i} ({step})" for i, step in enumerate(self._program.steps)]
+
+    def close(self) -> None:
+        """Collective: gives the symmetric memory back."""
+        self._comm.free(self.buffer)
+
+    def reset_flags(self) -> None:
+        """Every slot empty and free, as before the first layer. No rank may be inside a layer."""
+        for flag in range(self.plan.num_flags):
+            self._comm.clear(self.buffer, flag)
+        for parity in range(NUM_PARITIES):
+            for peer, block in self.plan.free_flags[self._rank]:
+                self._comm.preset(self.buffer, self.plan.free_flag(self._rank, peer, block, parity))
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        context: str = "",
+        on_wait: Callable[[], None] | None = None,
+        events: list[Event] | None = None,
+    ) -> Tensor:
+        """One attention layer.
+
+        Args:
+            q, k, v: this rank's rows, of the plan's shape.
+            context: names the layer in the report of a wait that fails.
+            on_wait: called now and then during waits; what it raises leaves the layer.
+            events: where to append one event a step.
+
+        Returns:
+            out ``[B, s_q, H, D]``, fresh memory.
+        """
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        layer = _Layer({"q": q, "k": k, "v": v}, out, scale, on_wait)
+        actions = self._actions[self._num_layers % NUM_PARITIES]
+        for index, action in enumerate(actions):
+            self._comm.context = f"{context}, {self._contexts[index]}"
+            if events is None:
+                action(layer)
+            else:
+                start_us = time.monotonic_ns() / 1e3
+                action(layer)
+                events.append(self._event(index, start_us))
+        self._num_layers += 1
+        return out
+
+    def _event(self, index: int, start_us: float) -> Event:
+        step = self._program.steps[index]
+        name = f"{step.verb} {step.operands()}"
+        return Event(self._rank, step.stream, name, start_us, time.monotonic_ns() / 1e3)
+
+    def _bind(self, step: Step, parity: int) -> Action:
+        bind: dict[type[Step], Callable[..., Action]] = {
+            Copy: self._bind_copy,
+            Put: self._bind_put,
+            Wait: self._bind_wait,
+            Release: self._bind_release,
+            Attend: self._bind_attend,
+            Merge: self._bind_merge,
+            Collect: self._bind_collect,
+        }
+        return bind[type(step)](step, parity)
+
+    def _slot(self, block: Block, parity: int) -> Tensor:
+        return self._layout.slot(block, parity).view(self.buffer.local)
+
+    def _own(self, block: Block) -> Source:
+        """This rank's own rows of an input, for the heads of a group."""
+        heads = self.plan.heads(block.tensor, block.heads)
+        name, columns = block.tensor, slice(heads.start, heads.stop)
+        return lambda layer: layer.inputs[name][:, :, columns]
+
+    def _source(self, block: Block, parity: int) -> Source:
+        """What a put of ``block`` sends."""
+        if block.tensor == "o":
+            key = (block.chunk, block.heads)
+            return lambda layer: layer.finished.pop(key)
+        if block.chunk == self._rank:
+            return self._own(block)
+        received = self._slot(block, parity)
+        return lambda layer: received
+
+    def _bind_copy(self, step: Copy, parity: int) -> Action:
+        slot, source = self._slot(step.block, parity), self._own(step.block)
+
+        def copy(layer: _Layer) -> None:
+            slot.copy_(source(layer))
+
+        return copy
+
+    def _bind_put(self, step: Put, parity: int) -> Action:
+        plan, comm, buffer, peer = self.plan, self._comm, self.buffer, step.peer
+        region = plan.layouts[peer].slot(step.block, parity)
+        free = Flag(
+            plan.free_flag(self._rank, peer, step.block, parity),
+            f"FREE of {step.block} at rank {peer}",
+        )
+        full = plan.full_flag(peer, step.block, parity)
+        source = self._source(step.block, parity)
+
+        def put(layer: _Layer) -> None:
+            comm.wait(buffer, free, peer, on_wait=layer.on_wait)
+            comm.put(source(layer), buffer, region, peer)
+            comm.signal(buffer, full, peer)
+
+        return put
+
+    def _bind_wait(self, step: Wait, parity: int) -> Action:
+        comm, buffer, peer = self._comm, self.buffer, step.peer
+        index = self.plan.full_flag(self._rank, step.block, parity)
+        full = Flag(index, f"FULL of {step.block}")
+        return lambda layer: comm.wait(buffer, full, peer, on_wait=layer.on_wait)
+
+    def _bind_release(self, step: Release, parity: int) -> Action:
+        comm, buffer, peer = self._comm, self.buffer, step.peer
+        free = self.plan.free_flag(peer, self._rank, step.block, parity)
+        return lambda layer: comm.signal(buffer, free, peer)
+
+    def _bind_attend(self, step: Attend, parity: int) -> Action:
+        backend, heads = self._backend, step.heads
+        queries = self._operand("q", step.queries, heads, parity)
+        keys = self._operand("k", step.keys, heads, parity)
+        values = self._operand("v", step.keys, heads, parity)
+        rows = self._rows(step.queries)
+
+        def run(layer: _Layer) -> None:
+            out, lse = attend(
+                queries(layer), keys(layer), values(layer), scale=layer.scale, backend=backend
+            )
+            for chunk, where in rows:
+                part = (out[:, where], lse[:, :, where] if backend.has_lse else lse)
+                layer.partials[chunk, heads].append(part)
+
+        return run
+
+    def _rows(self, chunks: tuple[int, ...]) -> list[tuple[int, slice]]:
+        """Where each chunk's rows lie in an operand of several chunks."""
+        rows, start = [], 0
+        for chunk in chunks:
+            stop = start + self.plan.shape.query_lengths[chunk]
+            rows.append((chunk, slice(start, stop)))
+            start = stop
+        return rows
+
+    def _operand(
+        self, tensor: TensorName, chunks: tuple[int, ...], heads: int, parity: int
+    ) -> Source:
+        if self._program.from_slots(chunks):
+            region = self._layout.operand(tensor, chunks, heads, parity)
+            received = region.view(self.buffer.local)
+            source: Source = lambda layer: received  # noqa: E731
+        else:
+            source = self._own(Block(tensor, self._rank, heads))
+        kv_heads = None if tensor == "q" else self._kv_head_of_each_query_head(heads)
+        if kv_heads is None:
+            return source
+        return lambda layer: source(layer).index_select(2, kv_heads)
+
+    def _kv_head_of_each_query_head(self, heads: int) -> Tensor | None:
+        """A kernel's query head i uses kv head i // (H / H_kv): None, or the kv heads spelt out."""
+        shape, queries, kvs = self.plan.shape, *(self.plan.heads(x, heads) for x in ("q", "k"))
+        shared_by = shape.num_heads // shape.num_kv_heads
+        wanted = [query // shared_by - kvs.start for query in queries]
+        ratio, rest = divmod(len(queries), len(kvs))
+        if rest == 0 and wanted == [i // ratio for i in range(len(queries))]:
+            return None
+        return torch.tensor(wanted, device=self.buffer.local.device)
+
+    def _bind_merge(self, step: Merge, parity: int) -> Action:
+        heads = self.plan.heads("o", step.heads)
+        columns, rank = slice(heads.start, heads.stop), self._rank
+
+        def run(layer: _Layer) -> None:
+            for chunk in step.queries:
+                partials = layer.partials.pop((chunk, step.heads))
+                if chunk == rank:
+                    merge(partials, out=layer.out[:, :, columns])
+                elif len(partials) == 1:
+                    layer.finished[chunk, step.heads] = partials[0][0]
+                else:
+                    layer.finished[chunk, step.heads] = merge(partials)
+
+        return run
+
+    def _bind_collect(self, step: Collect, parity: int) -> Action:
+        slot = self._slot(step.block, parity)
+        heads = self.plan.heads("o", step.block.heads)
+        columns = slice(heads.start, heads.stop)
+
+        def collect(layer: _Layer) -> None:
+            layer.out[:, :, columns].copy_(slot)
+
+        return collect

@@ -1,0 +1,336 @@
+"""Attention over a process group, each rank holding its own rows of the sequence."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from swiftfusion_xdit import envs
+from swiftfusion_xdit.agreement import DTYPES, Agreement
+from swiftfusion_xdit.attention import Backend, select_backend
+from swiftfusion_xdit.comm import Communicator, create_communicator
+from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.plan import SCHEDULES, STRATEGIES, AttentionShape, Plan, make_plan
+from swiftfusion_xdit.runtime import LayerRunner
+from swiftfusion_xdit.simulate.timeline import Event
+from swiftfusion_xdit.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+MAX_PLANS = 16  # distinct shapes whose symmetric memory is kept
+
+
+class _Disagreement(Exception):
+    """A peer runs this call with another plan, or has asked to agree on one."""
+
+
+class SequenceParallel:
+    """Exact attention over all rows of a group.
+
+    Every rank calls ``attention`` with its own rows, in the same order of calls. Chunk lengths
+    may differ between ranks and from call to call: ranks agree on them when they change, and
+    exchange nothing about them while they do not.
+
+    Owns its communicator and all symmetric memory; use it as a context manager or ``close`` it.
+
+    Args:
+        group: the process group; by default the whole world. Rank p brings chunk p.
+        strategy: ``torus`` (Torus Attention), or for comparison the classic exchange with its
+            own ring on USP's layout (``usp``) or on the topology-aware one (``tas``).
+        machines: how many machines the ranks are split over, evenly, in rank order; by default
+            found from the hosts.
+        mesh: ``Mesh``, its text form or a mapping; by default the strategy's rule.
+        schedule: ``auto``, ``torus`` or ``pipelined``; for strategy ``torus`` only.
+        transport: ``auto`` or the name of a transport, see ``comm.create_communicator``.
+        backend: ``auto`` or the name of a local attention kernel, see ``attention``.
+        device: where the tensors live; by default the CPU, or the current GPU if the group's
+            backend is NCCL.
+
+    Raises:
+        ValueError: an unknown name, a mesh that does not fit the group, machines that do not
+            divide it, or options that differ between ranks. Collective, so every rank raises.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        strategy: str = "torus",
+        machines: int | None = None,
+        mesh: Mesh | str | Mapping[str, int] | None = None,
+        schedule: str = "auto",
+        transport: str = "auto",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if group is None:
+            if not dist.is_initialized():
+                raise ValueError(
+                    "group must be a process group, or torch.distributed initialised for the "
+                    "whole world; got None and no initialised world"
+                )
+            group = dist.group.WORLD
+            assert group is not None
+        _require("strategy", strategy, STRATEGIES)
+        _require("schedule", schedule, SCHEDULES)
+        if schedule != "auto" and strategy != "torus":
+            raise ValueError(
+                f"schedule={schedule!r} needs strategy='torus', got strategy={strategy!r}"
+            )
+        self.strategy = strategy
+        self.schedule = schedule
+        self.timeout_s = envs.get("TIMEOUT_S")
+        self._agreement = Agreement(group, timeout_s=self.timeout_s)
+        self.device = torch.device(device or self._agreement.device)
+        self._backend: Backend = select_backend(backend, self.device)
+        self._forced_mesh = None if mesh is None else Mesh.of(mesh)
+        self.topology = self._find_topology(group.size(), machines)
+        if self._forced_mesh is not None:
+            self._forced_mesh.require(num_ranks=group.size())
+        self._agreement.require_equal(
+            "options", f"{strategy} {schedule} {transport} {backend} {self._forced_mesh}"
+        )
+        self._comm: Communicator = create_communicator(
+            transport, group, self.topology, timeout_s=self.timeout_s
+        )
+        self._runners: dict[tuple[tuple[int, ...], ...], LayerRunner] = {}
+        self._latest: dict[tuple[int, ...], tuple[int, LayerRunner]] = {}
+        self._num_plans = 0
+        self._num_calls = 0
+        self._plan: Plan | None = None
+        self._events: list[Event] | None = None
+        self._attention_calls = 0
+
+    def _find_topology(self, num_ranks: int, machines: int | None) -> Topology:
+        machines = envs.get("SP_MACHINES") if machines is None else machines
+        if machines is None:
+            return Topology.from_hosts(self._agreement.hosts())
+        return Topology.split(num_ranks, machines)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """softmax(scale q k^T) v, with this rank's queries and every rank's keys.
+
+        Args:
+            q: this rank's rows ``[B, s_q, H, D]``, any strides.
+            k, v: this rank's rows ``[B, s_kv, H_kv, D]``, any strides. H_kv divides H; query head
+                i uses head i // (H / H_kv). s_q and s_kv may differ and may be 0.
+            scale: factor of the scores; by default 1 / sqrt(D).
+
+        Returns:
+            out ``[B, s_q, H, D]``, contiguous, the caller's own.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit each other, or that differ
+                between ranks where they must not.
+            PeerTimeout: a peer died or did not come within ``SWIFTFUSION_TIMEOUT_S``. The group
+                cannot be used any more.
+        """
+        self._check_inputs(q, k, v)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _InferenceOnly.apply(self, q, k, v, scale)
+        return self._attention(q, k, v, scale)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+        call = self._num_calls + 1
+        mine = (*q.shape, k.shape[1], k.shape[2], DTYPES.index(q.dtype))
+        agreed = self._latest.get(mine)
+        while True:
+            plan_id, runner = agreed or self._agree(call, mine)
+            self._comm.post((call, plan_id))
+            try:
+                out = runner.run(
+                    q,
+                    k,
+                    v,
+                    scale=scale,
+                    context=f"attention call {call}",
+                    on_wait=lambda: self._check_peers(call, plan_id),  # noqa: B023
+                    events=self._events,
+                )
+                break
+            except _Disagreement:
+                agreed = None
+        self._plan = runner.plan
+        self._num_calls = call
+        self._attention_calls += 1
+        return out
+
+    def _check_peers(self, call: int, plan_id: int) -> None:
+        """Leave the layer if a peer is in the same call with another plan.
+
+        Every rank needs rows of every other, through slots of its own plan, so none can finish a
+        call in which one differs: all notice while they wait.
+        """
+        for peer in range(self._comm.size):
+            if peer != self._comm.rank:
+                their_call, their_plan = self._comm.peek(peer)
+                if their_call == call and their_plan != plan_id:
+                    raise _Disagreement
+
+    def _agree(self, call: int, mine: tuple[int, ...]) -> tuple[int, LayerRunner]:
+        """Collective: learn every rank's lengths and take or make the plan for them."""
+        self._comm.post((call, -1))
+        everyone = self._agreement.gather(f"lengths of attention call {call}", mine)
+        _check_ranks_fit(everyone)
+        # Nobody is inside a layer now; what a layer left behind when it was given up goes.
+        for runner in self._runners.values():
+            runner.reset_flags()
+        key = tuple(everyone)
+        if key not in self._runners:
+            self._runners[key] = self._new_runner(everyone)
+        self._num_plans += 1
+        self._latest[mine] = (self._num_plans, self._runners[key])
+        # Past this barrier no board asks for an agreement and all flags are ready for puts.
+        self._comm.post((call, self._num_plans))
+        self._agreement.barrier(f"flags of attention call {call}")
+        return self._latest[mine]
+
+    def _new_runner(self, everyone: list[tuple[int, ...]]) -> LayerRunner:
+        if len(self._runners) >= MAX_PLANS:
+            oldest = next(iter(self._runners))
+            runner = self._runners.pop(oldest)
+            self._latest = {k: v for k, v in self._latest.items() if v[1] is not runner}
+            runner.close()
+        batch, _, num_heads, head_dim, _, num_kv_heads, dtype = everyone[0]
+        shape = AttentionShape(
+            batch=batch,
+            query_lengths=tuple(lengths[1] for lengths in everyone),
+            key_lengths=tuple(lengths[4] for lengths in everyone),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=DTYPES[dtype],
+        )
+        plan = make_plan(
+            shape,
+            self.topology,
+            strategy=self.strategy,
+            mesh=self._forced_mesh,
+            schedule=self.schedule,
+            has_lse=self._backend.has_lse,
+        )
+        if self._comm.rank == 0:
+            logger.info(
+                "%s: mesh %s, schedule %s, %d rows, %d heads, %.1f MiB of symmetric memory a rank",
+                self.strategy,
+                plan.mesh,
+                plan.schedule.name,
+                sum(shape.query_lengths),
+                num_heads,
+                plan.symmetric_bytes / 2**20,
+            )
+        return LayerRunner(plan, self._comm, self._backend)
+
+    def _check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+            raise ValueError(f"q must be [B, s_q, H, D] and k, v [B, s_kv, H_kv, D]; {shapes}")
+        if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+            raise ValueError(f"q, k and v must have the same batch and head dim; {shapes}")
+        if 0 in (q.shape[0], q.shape[2], q.shape[3], k.shape[2]) or q.shape[2] % k.shape[2]:
+            raise ValueError(f"H must be a positive multiple of H_kv, B and D positive; {shapes}")
+        if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+            raise ValueError(
+                f"q, k and v must have one dtype of {', '.join(map(str, DTYPES))}; "
+                f"got {q.dtype}, {k.dtype}, {v.dtype}"
+            )
+        if not q.device == k.device == v.device or q.device.type != self.device.type:
+            raise ValueError(
+                f"q, k and v must be on this group's device {self.device}; "
+                f"got {q.device}, {k.device}, {v.device}"
+            )
+        if self._forced_mesh is not None:
+            self._forced_mesh.require(num_ranks=self._comm.size, num_heads=q.shape[2])
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of the last call; the forced one, or None, before the first."""
+        return self._plan.mesh if self._plan else self._forced_mesh
+
+    def stats(self) -> dict[str, Any]:
+        """What this rank has sent since ``reset_stats``.
+
+        Returns:
+            ``{"same_machine": {"bytes", "messages"}, "across_machines": {...},
+            "attention_calls": n}``
+        """
+        links = self._comm.counters.as_dict()
+        sent = {link: links[link] for link in ("same_machine", "across_machines")}
+        return {**sent, "attention_calls": self._attention_calls}
+
+    def reset_stats(self) -> None:
+        self._comm.counters.reset()
+        self._attention_calls = 0
+
+    @contextmanager
+    def record(self) -> Iterator[list[Event]]:
+        """Collect one event a step, on the clock that all processes of a host share."""
+        events: list[Event] = []
+        self._events = events
+        try:
+            yield events
+        finally:
+            self._events = None
+
+    def describe(self) -> str:
+        """One line: strategy, mesh, schedule, machines, symmetric memory."""
+        text = f"strategy {self.strategy}, {self.topology.num_machines} machines"
+        if self._plan is None:
+            return f"{text}, no call yet"
+        held = sum(runner.plan.symmetric_bytes for runner in self._runners.values())
+        return (
+            f"{text}, mesh {self._plan.mesh}, schedule {self._plan.schedule.name}, "
+            f"{held} bytes of symmetric memory"
+        )
+
+    def close(self) -> None:
+        """Give all symmetric memory back. Not collective; may be called twice."""
+        self._runners.clear()
+        self._latest.clear()
+        self._comm.close()
+
+    def __enter__(self) -> SequenceParallel:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Lets the forward pass run where gradients are on; asking for one is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, sp: SequenceParallel, q: Tensor, k: Tensor, v: Tensor, scale: Any) -> Any:
+        return sp._attention(q, k, v, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("sequence-parallel attention has no backward pass")
+
+
+def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _check_ranks_fit(everyone: list[tuple[int, ...]]) -> None:
+    """Batch, heads, head dim and dtype must be the same on all ranks; lengths need not."""
+    for index, name in ((0, "batch"), (2, "H"), (3, "D"), (5, "H_kv"), (6, "dtype")):
+        values = [lengths[index] for lengths in everyone]
+        if len(set(values)) > 1:
+            shown = [DTYPES[value] for value in values] if name == "dtype" else values
+            raise ValueError(f"{name} must be the same on every rank, got {shown} by rank")
