@@ -95,4 +95,4 @@ def test_heads_are_split_evenly_and_flags_are_distinct(plan: Plan) -> None:
 
 def test_split_evenly() -> None:
     assert split_evenly(range(10, 17), 3) == [range(10, 13), range(13, 15), range(15, 17)]
-    assert split_evenly(range(2), 3) == [range(0, 1), range(1, 2), range(2, 2)]
+    assert split_evenly(range(2), 3) == [range(1), range(1, 2), range(2, 2)]

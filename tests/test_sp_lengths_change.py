@@ -25,8 +25,18 @@ def test_exact_after_every_change(rank_pool, mesh: Mesh, schedule: str) -> None:
     sequence = [
         replace(base, query_lengths=q, key_lengths=k, seed=seed)
         for seed, (q, k) in enumerate(
-            [(A, A), (A, A), (ONE_MORE, ONE_MORE), (A, A), (ONE_MORE, A), (A, ONE_MORE)]
-            + [(EMPTY, A), (A, EMPTY), (A, A), (ONE_MORE, ONE_MORE)]
+            [
+                (A, A),
+                (A, A),
+                (ONE_MORE, ONE_MORE),
+                (A, A),
+                (ONE_MORE, A),
+                (A, ONE_MORE),
+                (EMPTY, A),
+                (A, EMPTY),
+                (A, A),
+                (ONE_MORE, ONE_MORE),
+            ]
         )
     ]
     errors = rank_pool(4).run(run_cases, sequence, 3)
