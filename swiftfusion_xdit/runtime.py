@@ -30,7 +30,7 @@ from swiftfusion_xdit.simulate.timeline import Event
 
 
 @dataclass
-class _Layer:
+class Layer:
     """What exists while one layer runs: its inputs, partials, finished blocks and result."""
 
     inputs: dict[str, Tensor]
@@ -43,8 +43,8 @@ class _Layer:
     finished: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
-Action = Callable[[_Layer], None]
-Source = Callable[[_Layer], Tensor]
+Action = Callable[[Layer], None]
+Source = Callable[[Layer], Tensor]
 
 
 class LayerRunner:
@@ -65,11 +65,8 @@ class LayerRunner:
         self.buffer: SymmetricBuffer = comm.allocate(plan.symmetric_bytes, num_flags=plan.num_flags)
         self._num_layers = 0
         self.reset_flags()
-        self._actions = [
-            [self._bind(step, parity) for step in self._program.steps]
-            for parity in range(NUM_PARITIES)
-        ]
         self._contexts = [f"step {i} ({step})" for i, step in enumerate(self._program.steps)]
+        self._bind_all()
 
     def close(self) -> None:
         """Collective: gives the symmetric memory back."""
@@ -106,7 +103,7 @@ class LayerRunner:
             out ``[B, s_q, H, D]``, fresh memory.
         """
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        layer = _Layer({"q": q, "k": k, "v": v}, out, scale, on_wait)
+        layer = Layer({"q": q, "k": k, "v": v}, out, scale, on_wait)
         actions = self._actions[self._num_layers % NUM_PARITIES]
         for index, action in enumerate(actions):
             self._comm.context = f"{context}, {self._contexts[index]}"
@@ -123,6 +120,12 @@ class LayerRunner:
         step = self._program.steps[index]
         name = f"{step.verb} {step.operands()}"
         return Event(self._rank, step.stream, name, start_us, time.monotonic_ns() / 1e3)
+
+    def _bind_all(self) -> None:
+        self._actions = [
+            [self._bind(step, parity) for step in self._program.steps]
+            for parity in range(NUM_PARITIES)
+        ]
 
     def _bind(self, step: Step, parity: int) -> Action:
         bind: dict[type[Step], Callable[..., Action]] = {
@@ -158,7 +161,7 @@ class LayerRunner:
     def _bind_copy(self, step: Copy, parity: int) -> Action:
         slot, source = self._slot(step.block, parity), self._own(step.block)
 
-        def copy(layer: _Layer) -> None:
+        def copy(layer: Layer) -> None:
             slot.copy_(source(layer))
 
         return copy
@@ -173,7 +176,7 @@ class LayerRunner:
         full = plan.full_flag(peer, step.block, parity)
         source = self._source(step.block, parity)
 
-        def put(layer: _Layer) -> None:
+        def put(layer: Layer) -> None:
             comm.wait(buffer, free, peer, on_wait=layer.on_wait)
             comm.put(source(layer), buffer, region, peer)
             comm.signal(buffer, full, peer)
@@ -198,7 +201,7 @@ class LayerRunner:
         values = self._operand("v", step.keys, heads, parity)
         rows = self._rows(step.queries)
 
-        def run(layer: _Layer) -> None:
+        def run(layer: Layer) -> None:
             out, lse = attend(
                 queries(layer), keys(layer), values(layer), scale=layer.scale, backend=backend
             )
@@ -245,7 +248,7 @@ class LayerRunner:
         heads = self.plan.heads("o", step.heads)
         columns, rank = slice(heads.start, heads.stop), self._rank
 
-        def run(layer: _Layer) -> None:
+        def run(layer: Layer) -> None:
             for chunk in step.queries:
                 partials = layer.partials.pop((chunk, step.heads))
                 if chunk == rank:
@@ -262,7 +265,7 @@ class LayerRunner:
         heads = self.plan.heads("o", step.block.heads)
         columns = slice(heads.start, heads.stop)
 
-        def collect(layer: _Layer) -> None:
+        def collect(layer: Layer) -> None:
             layer.out[:, :, columns].copy_(slot)
 
         return collect

@@ -45,8 +45,8 @@ class SequenceParallel:
         group: the process group; by default the whole world. Rank p brings chunk p.
         strategy: ``torus`` (Torus Attention), or for comparison the classic exchange with its
             own ring on USP's layout (``usp``) or on the topology-aware one (``tas``).
-        machines: how many machines the ranks are split over, evenly, in rank order; by default
-            found from the hosts.
+        machines: how many machines the ranks are split over, evenly, in rank order, or the
+            ``Topology`` itself; by default ``SWIFTFUSION_SP_MACHINES``, or what the hosts say.
         mesh: ``Mesh``, its text form or a mapping; by default the strategy's rule.
         schedule: ``auto``, ``torus`` or ``pipelined``; for strategy ``torus`` only.
         transport: ``auto`` or the name of a transport, see ``comm.create_communicator``.
@@ -64,7 +64,7 @@ class SequenceParallel:
         group: dist.ProcessGroup | None = None,
         *,
         strategy: str = "torus",
-        machines: int | None = None,
+        machines: int | Topology | None = None,
         mesh: Mesh | str | Mapping[str, int] | None = None,
         schedule: str = "auto",
         transport: str = "auto",
@@ -109,7 +109,14 @@ class SequenceParallel:
         self._events: list[Event] | None = None
         self._attention_calls = 0
 
-    def _find_topology(self, num_ranks: int, machines: int | None) -> Topology:
+    def _find_topology(self, num_ranks: int, machines: int | Topology | None) -> Topology:
+        if isinstance(machines, Topology):
+            if machines.num_ranks != num_ranks:
+                raise ValueError(
+                    f"machines must place every rank of the group: it places {machines.num_ranks} "
+                    f"ranks, the group has {num_ranks}"
+                )
+            return machines
         machines = envs.get("SP_MACHINES") if machines is None else machines
         if machines is None:
             return Topology.from_hosts(self._agreement.hosts())

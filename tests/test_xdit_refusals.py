@@ -1,0 +1,150 @@
+"""What torus does not support is refused by name, or takes xDiT's path with one warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests import xdit_calls, xdit_cases
+from tests.distributed import RankPool
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "dropout_p=0.5": {"dropout_p": 0.5},
+    "is_causal=True": {"is_causal": True},
+    "attention_kwargs['attn_mask']": {"attention_kwargs": {"attn_mask": 1}},
+    "attention_kwargs['valid_kv_len']": {"attention_kwargs": {"valid_kv_len": 30}},
+    "attention_kwargs['indices_k']": {"attention_kwargs": {"indices_k": 1}},
+    "attention_kwargs['ulysses_extra_inputs']": {
+        "attention_kwargs": {"ulysses_extra_inputs": ("gate",)}
+    },
+    "attention_kwargs['never_heard_of']": {"attention_kwargs": {"never_heard_of": 1}},
+}
+
+
+def messages(rank: int, world_size: int) -> dict[str, str]:
+    from xfuser.core.cache_manager.cache_manager import get_cache_manager
+    from xfuser.core.distributed import get_runtime_state
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+    found = {}
+
+    def refuse(name: str, **case: Any) -> None:
+        with pytest.raises(NotImplementedError) as caught:
+            xdit_calls.call(rank, **case)
+        found[name] = str(caught.value)
+
+    with xdit_cases.xdit_groups():
+        xdit_calls.start()
+        for name, case in REFUSED.items():
+            refuse(name, **case)
+        refuse("attention backend FLASH_4 on cpu", backend=AttentionBackendType.FLASH_4)
+        state, layer = get_runtime_state(), object()
+        get_cache_manager().cache["attn", layer] = None
+        state.num_pipeline_patch = 2
+        refuse("attn_layer with a KV cache", attn_layer=layer)
+        state.num_pipeline_patch = 1
+        state.fp8_comms = object()
+        refuse("fp8 communication", attn_layer=layer)
+        del get_cache_manager().cache["attn", layer]
+    return found
+
+
+def test_error_names_the_argument_and_the_way_out(rank_pool: Callable[[int], RankPool]) -> None:
+    for found in rank_pool(4).run(messages, timeout_s=120):
+        assert len(found) == len(REFUSED) + 3
+        for name, message in found.items():
+            assert name in message
+            assert "--sp-strategy torus" in message
+            assert "--sp-fallback usp" in message
+
+
+class Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def fall_back(rank: int, world_size: int) -> tuple[float, float, list[str]]:
+    heard = Heard()
+    logger = logging.getLogger("swiftfusion_xdit.xdit.dispatch")
+    logger.addHandler(heard)
+    try:
+        with xdit_cases.xdit_groups():
+            # One machine's Ulysses: stock USP then trims the padded keys after its gather.
+            xdit_calls.start(sp_fallback="usp", ulysses_degree=2, ring_degree=1)
+            kwargs = {"attention_kwargs": {"valid_kv_len": 16}}
+            s_q = (8, 8)
+            fallen = [xdit_calls.call(rank % 2, s_q=s_q, **kwargs) for _ in range(2)]
+            return max(fallen), xdit_calls.call(rank % 2, s_q=s_q), heard.messages
+    finally:
+        logger.removeHandler(heard)
+
+
+def test_fallback_warns_once_and_takes_xdits_path(rank_pool: Callable[[int], RankPool]) -> None:
+    for fallen, own, warnings in rank_pool(2).run(fall_back, timeout_s=120):
+        assert fallen <= 2e-6
+        assert own <= 2e-6
+        assert len(warnings) == 1
+        assert "attention_kwargs['valid_kv_len']" in warnings[0]
+
+
+BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    "torus(2) * ulysses(2) * ring(2) = 8 != sp degree 4": (
+        ValueError,
+        {"sp_mesh": "torus=2,ulysses=2,ring=2"},
+    ),
+    "--sp-machines must divide the ranks: 4 ranks / 3 machines": (ValueError, {"sp_machines": "3"}),
+    "tensor_parallel_degree=2": (
+        NotImplementedError,
+        {"ring_degree": 1, "tensor_parallel_degree": 2},
+    ),
+    "--sp-strategy must be one of usp, tas, torus, got 'ulyses'": (
+        ValueError,
+        {"strategy": "ulyses"},
+    ),
+    "--sp-transport must be one of": (ValueError, {"sp_transport": "tcp"}),
+    "--sp-schedule must be one of": (ValueError, {"sp_schedule": "best"}),
+    "--sp-mesh mesh must look like": (ValueError, {"sp_mesh": "2x2"}),
+    "--sp-machines must be auto or a number": (ValueError, {"sp_machines": "0"}),
+    "must divide the 6 heads": (
+        ValueError,
+        {"strategy": "tas", "sp_mesh": "torus=2,ulysses=2,ring=1"},
+    ),
+    "number of attention heads": (ValueError, {"strategy": "tas", "num_heads": None}),
+}
+
+
+def bad_starts(rank: int, world_size: int) -> dict[str, str]:
+    found = {}
+    for message, (error, arguments) in BAD.items():
+        with xdit_cases.xdit_groups(), pytest.raises(error) as caught:
+            xdit_calls.start(**arguments)
+        found[message] = str(caught.value)
+    return found
+
+
+def test_bad_values_name_argument_rule_and_values(rank_pool: Callable[[int], RankPool]) -> None:
+    for found in rank_pool(4).run(bad_starts, timeout_s=120):
+        for expected, message in found.items():
+            assert expected in message
+
+
+def too_many_head_groups(rank: int, world_size: int) -> str:
+    with xdit_cases.xdit_groups():
+        xdit_calls.start(sp_mesh="torus=2,ulysses=2,ring=1", num_heads=3)
+        q = xdit_cases.noise(1, 3, 8, 16)
+        with pytest.raises(ValueError) as caught:
+            xdit_calls.usp_module().USP(q, q, q)
+    return str(caught.value)
+
+
+def test_more_head_groups_than_heads(rank_pool: Callable[[int], RankPool]) -> None:
+    for message in rank_pool(4).run(too_many_head_groups, timeout_s=60):
+        assert "torus(2) * ulysses(2) = 4 head groups" in message
+        assert "3 heads" in message
