@@ -12,7 +12,7 @@ from typing import Any
 
 STRATEGIES = ("usp", "tas", "torus")
 TRANSPORTS = ("auto", "shm", "cuda", "nvshmem", "nccl")
-SCHEDULES = ("auto", "torus", "pipelined")
+SCHEDULES = ("auto", "torus", "folded", "pipelined")
 FALLBACKS = ("error", "usp")
 
 PREFIX = "SWIFTFUSION_"

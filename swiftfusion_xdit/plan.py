@@ -25,7 +25,7 @@ from swiftfusion_xdit.schedule.steps import (
 from swiftfusion_xdit.topology import Topology
 
 STRATEGIES = ("usp", "tas", "torus")
-SCHEDULES = ("auto", "torus", "pipelined")
+SCHEDULES = ("auto", "torus", "folded", "pipelined")
 PIPELINED_GROUPS = 2
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 ALIGNMENT_BYTES = 256
@@ -225,7 +225,7 @@ def make_plan(
         strategy: ``torus``; or ``usp`` and ``tas``, the classic schedule on USP's own layout and
             on the topology-aware one.
         mesh: forces the mesh; by default the strategy's rule for this topology and head count.
-        schedule: forces ``torus`` or ``pipelined``; ``auto`` takes ``torus`` where the attention
+        schedule: forces ``torus``, ``folded`` or ``pipelined``; ``auto`` takes ``torus`` where the attention
             kernel has a log-sum-exp and ``pipelined`` elsewhere.
         has_lse: whether the local attention kernel returns one.
 

@@ -48,7 +48,7 @@ class SequenceParallel:
         machines: how many machines the ranks are split over, evenly, in rank order, or the
             ``Topology`` itself; by default ``SWIFTFUSION_SP_MACHINES``, or what the hosts say.
         mesh: ``Mesh``, its text form or a mapping; by default the strategy's rule.
-        schedule: ``auto``, ``torus`` or ``pipelined``; for strategy ``torus`` only.
+        schedule: ``auto``, ``torus``, ``folded`` or ``pipelined``; for strategy ``torus`` only.
         transport: ``auto`` or the name of a transport, see ``comm.create_communicator``.
         backend: ``auto`` or the name of a local attention kernel, see ``attention``.
         device: where the tensors live; by default the CPU, or the current GPU if the group's

@@ -14,7 +14,7 @@ from tests.meshes import meshes_of
 
 def schedules_on(mesh: Mesh) -> list[tuple[str, int]]:
     """(builder, head groups a rank) that serve a mesh."""
-    chosen = [("usp", 1), ("torus", 1), ("pipelined", 1), ("pipelined", 2)]
+    chosen = [("usp", 1), ("torus", 1), ("folded", 1), ("pipelined", 1), ("pipelined", 2)]
     if mesh.ring == 1:
         chosen.append(("ulysses", 1))
     if mesh.num_head_groups == 1:

@@ -25,7 +25,7 @@ def cases(draw: st.DrawFn) -> Case:
         mesh=mesh,
         query_lengths=tuple(query_lengths),
         key_lengths=tuple(key_lengths),
-        schedule=draw(st.sampled_from(["torus", "pipelined"])),
+        schedule=draw(st.sampled_from(["torus", "folded", "pipelined"])),
         machines=mesh.torus,
         batch=draw(st.integers(1, 3)),
         num_heads=num_kv_heads * shared_by,

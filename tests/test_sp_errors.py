@@ -11,7 +11,7 @@ from tests.sp_cases import Case
 
 CONSTRUCTOR = [
     ({"strategy": "spiral"}, "strategy must be one of usp, tas, torus; got 'spiral'"),
-    ({"schedule": "fast"}, "schedule must be one of auto, torus, pipelined; got 'fast'"),
+    ({"schedule": "fast"}, "schedule must be one of auto, torus, folded, pipelined; got 'fast'"),
     ({"strategy": "usp", "schedule": "torus"}, "schedule='torus' needs strategy='torus'"),
     ({"transport": "pigeon"}, "transport must be one of auto, shm, .* got 'pigeon'"),
     ({"backend": "abacus"}, "backend must be one of .* got 'abacus'"),

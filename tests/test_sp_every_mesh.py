@@ -13,7 +13,7 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 9))
-@pytest.mark.parametrize("schedule", ["torus", "pipelined"])
+@pytest.mark.parametrize("schedule", ["torus", "folded", "pipelined"])
 def test_against_the_oracle(rank_pool, num_ranks: int, schedule: str) -> None:
     for mesh in meshes_of(num_ranks):
         for dtype, bound in BOUNDS.items():

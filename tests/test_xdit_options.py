@@ -84,7 +84,7 @@ def test_flag_auto_beats_machines_in_the_environment(monkeypatch: pytest.MonkeyP
         ("--sp-machines", "none", "must be auto or a number of machines"),
         ("--sp-mesh", "torus=0", "torus must be a positive integer"),
         ("--sp-mesh", "2x2", "must look like torus=T,ulysses=U,ring=R"),
-        ("--sp-schedule", "best", "must be one of auto, torus, pipelined"),
+        ("--sp-schedule", "best", "must be one of auto, torus, folded, pipelined"),
         ("--sp-fallback", "none", "must be one of error, usp"),
     ],
 )

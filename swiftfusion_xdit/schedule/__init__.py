@@ -8,6 +8,7 @@ from functools import lru_cache
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.check import ScheduleError, check
 from swiftfusion_xdit.schedule.classic import ring, ulysses, usp
+from swiftfusion_xdit.schedule.folded import folded
 from swiftfusion_xdit.schedule.pipelined import pipelined
 from swiftfusion_xdit.schedule.steps import Program, Schedule
 from swiftfusion_xdit.schedule.torus import torus
@@ -19,6 +20,7 @@ BUILDERS: dict[str, Callable[..., Program]] = {
     "ring": ring,
     "usp": usp,
     "torus": torus,
+    "folded": folded,
     "pipelined": pipelined,
 }
 

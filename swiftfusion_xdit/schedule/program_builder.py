@@ -90,7 +90,7 @@ class ProgramBuilder:
             "kv" if len(self.key_order) > 1 else ""
         )
         for tensor in _names(tensors):
-            self._steps.append(Copy(self._stage, "compute", Block(tensor, self.rank, heads)))
+            self._steps.append(Copy(self._stage, "ring", Block(tensor, self.rank, heads)))
 
     def attend(self, queries: Iterable[int], keys: Iterable[int], *, group: int = 0) -> None:
         heads = self.heads(self.rank, group)

@@ -61,15 +61,7 @@ def torus(mesh: Mesh, rank: int) -> Program:
     remote = range(1, mesh.torus)
 
     scatter(b)
-    with b.stage("pull_q[0]"):
-        b.copy_own()
-        for chunk in chunks.queries(0):
-            b.wait("q", chunk)
-        for s in range(mesh.ring):
-            for chunk in chunks.ring_step(0, s):
-                b.wait("kv", chunk)
-            b.attend(chunks.queries(0), chunks.ring_step(0, s))
-
+    stationary(b, chunks)
     for i in remote:
         with b.stage(f"pull_q[{i}]"):
             for chunk in chunks.queries(i):
@@ -110,6 +102,18 @@ def scatter(b: ProgramBuilder, *, group: int = 0) -> None:
             with b.stage(f"{stage}[{i}]"):
                 for v in range(mesh.ulysses):
                     b.put(tensors, mesh.rank(t - i, u + v, r), stream="torus", group=group)
+
+
+def stationary(b: ProgramBuilder, chunks: MachineChunks) -> None:
+    """Attend the queries of the own machine with its keys, one ring step after another."""
+    with b.stage("pull_q[0]"):
+        b.copy_own()
+        for chunk in chunks.queries(0):
+            b.wait("q", chunk)
+        for s in range(b.mesh.ring):
+            for chunk in chunks.ring_step(0, s):
+                b.wait("kv", chunk)
+            b.attend(chunks.queries(0), chunks.ring_step(0, s))
 
 
 def relay_keys(b: ProgramBuilder, chunks: MachineChunks, i: int, *, group: int = 0) -> None:
