@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
 from swiftfusion_xdit.attention import Backend, attend, select_backend
+from swiftfusion_xdit.attention.cpu import CpuBackend
 
 CPU = select_backend("cpu", "cpu")
 
@@ -110,3 +113,18 @@ def test_dtype_that_is_not_supported() -> None:
     q = zeros(1, 3, 4, 8, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match=r"torch.float64 with backend 'cpu'; supported"):
         attend(q, q, q, scale=1.0, backend=CPU)
+
+
+class _MultiplesOf8(CpuBackend):
+    name: ClassVar[str] = "eights"
+    head_dim_multiple = 8
+    max_head_dim = 64
+
+
+@pytest.mark.parametrize("head_dim", [12, 72])
+def test_head_dim_that_is_not_supported(head_dim: int) -> None:
+    q = zeros(1, 3, 4, head_dim)
+    backend = _MultiplesOf8(torch.device("cpu"))
+    message = f"head dim {head_dim} and backend 'eights'; supported: multiples of 8 up to 64"
+    with pytest.raises(NotImplementedError, match=message):
+        attend(q, q, q, scale=1.0, backend=backend)

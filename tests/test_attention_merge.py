@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from swiftfusion_xdit import native
 from swiftfusion_xdit.attention import attend, select_backend
+from swiftfusion_xdit.attention import merge as merging
 from swiftfusion_xdit.attention.merge import merge
 from swiftfusion_xdit.attention.reference import reference_attention, relative_error
 from tests.attention_cases import LAYOUTS, Case, cases, in_layout, reference
@@ -150,3 +152,19 @@ def test_refuses_what_does_not_fit() -> None:
         merge([(out, lse), (out, lse.transpose(1, 2))])
     with pytest.raises(ValueError, match=r"4 dims \[B, S, H, D\]; got \(3, 4, 8\)"):
         merge([(out[0], lse[0])])
+
+
+def test_one_warning_if_the_compiled_part_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load() -> native.Native:
+        raise native.NativeUnavailable("it is missing; to build it: some command")
+
+    monkeypatch.setattr(native, "load", load)
+    merging._compiled.cache_clear()
+    try:
+        assert merging._compiled() is None and merging._compiled() is None
+    finally:
+        merging._compiled.cache_clear()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "to build it: some command" in record.getMessage()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 class Backend(ABC):
-    """A local attention kernel behind one signature. Backends hold no tensors and no state."""
+    """A local attention kernel behind one signature, for one device. Backends hold no tensors."""
 
     name: ClassVar[str]
     device_type: ClassVar[str]
@@ -18,13 +19,35 @@ class Backend(ABC):
     # Whether forward returns a log-sum-exp. Without one its outputs cannot be merged, so every
     # call must see all keys of its queries.
     has_lse: ClassVar[bool]
+    # Whether the kernel stores into a given `out` itself; if not, a copy follows it.
+    writes_out: ClassVar[bool] = False
+
+    # Head dims that the kernel takes: multiples of the first, up to the second.
+    head_dim_multiple: int = 1
+    max_head_dim: int = sys.maxsize
+
+    def __init__(self, device: torch.device) -> None:
+        """Makes the kernel ready to be called on `device`.
+
+        Raises:
+            ImportError: the package with the kernel is missing or broken.
+            NotImplementedError: the kernel does not run on `device`.
+        """
+        self.device = device
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """softmax(scale * q k^T) v and its log-sum-exp, for non-empty tensors checked by `attend`.
 
         q is [B, S_q, H, D], k and v are [B, S_kv, H_kv, D], all with any strides and of one dtype
-        in `dtypes`; q head i uses kv head i // (H // H_kv). Returns out [B, S_q, H, D] in q's dtype
-        and lse [B, H, S_q], natural log, fp32 (of shape [0] if not `has_lse`). Both are fresh
-        memory, with any strides.
+        in `dtypes`; q head i uses kv head i // (H // H_kv). Returns out [B, S_q, H, D] and lse
+        [B, H, S_q], natural log, fp32 (of shape [0] if not `has_lse`), with any strides. Both are
+        fresh memory, out in q's dtype, unless `out` says where the result goes.
         """
+
+
+def deliver(result: Tensor, out: Tensor | None) -> Tensor:
+    """`result` where it is wanted: as it is, or copied into `out`."""
+    return result if out is None or result is out else out.copy_(result)

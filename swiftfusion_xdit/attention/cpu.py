@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .backend import Backend
+from .backend import Backend, deliver
 
 
 class CpuBackend(Backend):
@@ -35,16 +35,23 @@ class CpuBackend(Backend):
     )
     has_lse: ClassVar[bool] = True
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        q, k, v = _plain_rows(q), _plain_rows(k), _plain_rows(v)
-        if q.shape[2] == k.shape[2]:
-            out, lse = _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
-            return out.transpose(1, 2), lse
-        batch = range(q.shape[0])
-        parts = [_grouped(q[idx], k[idx], v[idx], scale) for idx in batch]
-        if len(parts) == 1:
-            return parts[0][0].unsqueeze(0), parts[0][1].unsqueeze(0)
-        return torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        result, lse = _attend(_plain_rows(q), _plain_rows(k), _plain_rows(v), scale)
+        return deliver(result, out), lse
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[B, S, H, D] with plain rows -> out [B, S_q, H, D], lse [B, H, S_q]."""
+    if q.shape[2] == k.shape[2]:
+        out, lse = _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+        return out.transpose(1, 2), lse
+    batch = range(q.shape[0])
+    parts = [_grouped(q[idx], k[idx], v[idx], scale) for idx in batch]
+    if len(parts) == 1:
+        return parts[0][0].unsqueeze(0), parts[0][1].unsqueeze(0)
+    return torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from swiftfusion_xdit.native import Native
+
+logger = logging.getLogger(__name__)
 
 
 def merge(partials: Sequence[tuple[Tensor, Tensor]], *, out: Tensor | None = None) -> Tensor:
     """The attention output over all keys, from the outputs over parts of the keys.
 
-    Sums in fp32 in the order given, so equal partials in an equal order give equal bits.
+    Sums in fp32 in the order given, so equal partials in an equal order give equal bits. On a GPU
+    that is one kernel on the current stream, if the compiled part is built.
 
     Args:
         partials: one or more (out `[B, S, H, D]`, lse `[B, H, S]`), any strides; lse is the natural
@@ -31,6 +40,35 @@ def merge(partials: Sequence[tuple[Tensor, Tensor]], *, out: Tensor | None = Non
         out = torch.empty_like(partials[0][0], memory_format=torch.contiguous_format)
     if len(partials) == 1:
         return out.copy_(partials[0][0])
+    if out.is_cuda and _merge_compiled(partials, out):
+        return out
+    return _merge_with_torch(partials, out)
+
+
+def _merge_compiled(partials: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> bool:
+    """Whether the compiled part is there and takes these tensors; if so, it has."""
+    from swiftfusion_xdit.native import merge_refusal
+
+    compiled = _compiled()
+    if compiled is None or merge_refusal(partials, out=out) is not None:
+        return False
+    compiled.merge(partials, out=out, stream=torch.cuda.current_stream(out.device).cuda_stream)
+    return True
+
+
+@functools.cache
+def _compiled() -> Native | None:
+    """The compiled part, which only GPUs need; without it, one warning and None."""
+    from swiftfusion_xdit.native import NativeUnavailable, load
+
+    try:
+        return load()
+    except NativeUnavailable as error:
+        logger.warning("partial outputs are merged by several torch kernels: %s", error)
+        return None
+
+
+def _merge_with_torch(partials: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
     weights = _weights([lse for _, lse in partials])
     total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     torch.mul(partials[0][0], weights[0], out=total)
