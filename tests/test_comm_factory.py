@@ -17,8 +17,10 @@ def create(rank: int, world_size: int) -> None:
             assert isinstance(comm, ShmCommunicator)
             assert (comm.rank, comm.size, comm.topology) == (rank, world_size, topology)
     for name in ("cuda", "nvshmem", "nccl"):
-        with pytest.raises(NotImplementedError, match=f"transport '{name}' .* shm is"):
+        with pytest.raises(ValueError, match=f"'{name}' serves tensors on GPUs, got device='cpu'"):
             create_communicator(name, dist.group.WORLD, topology, timeout_s=30)
+    with pytest.raises(ValueError, match="'shm' serves tensors on the CPU, got device='cuda'"):
+        create_communicator("shm", dist.group.WORLD, topology, timeout_s=30, device="cuda")
     with pytest.raises(ValueError, match="one of auto, shm, cuda, nvshmem, nccl, got 'rdma'"):
         create_communicator("rdma", dist.group.WORLD, topology, timeout_s=30)
 

@@ -25,16 +25,19 @@ ALLOWED: dict[str, set[str]] = {
     "envs": set(),
     "region": set(),
     "topology": set(),
+    "native": {"envs"},
     "mesh": {"topology"},
     "schedule": {"mesh", "topology"},
     "simulate": {"schedule", "mesh", "topology"},
     "agreement": {"mesh", "topology", "envs"},
-    "attention": {"envs"},
+    "attention": {"native", "envs"},
     "comm": {"region", "topology", "envs"},
     "plan": {"schedule", "simulate", "mesh", "topology", "region", "envs"},
 }
-ALLOWED["runtime"] = {"plan", "comm", "attention", *ALLOWED["plan"]}
-ALLOWED["sequence_parallel"] = {"runtime", "agreement", *ALLOWED["runtime"]}
+ALLOWED["exchange"] = {"plan", "comm", *ALLOWED["plan"]}
+ALLOWED["runtime"] = {"exchange", "comm", "attention", *ALLOWED["exchange"]}
+ALLOWED["device_runtime"] = {"runtime", "native", *ALLOWED["runtime"]}
+ALLOWED["sequence_parallel"] = {"device_runtime", "agreement", *ALLOWED["device_runtime"]}
 ALLOWED["xdit"] = {"sequence_parallel", "bootstrap", *ALLOWED["sequence_parallel"]}
 ALLOWED["cli"] = {"xdit", *ALLOWED["xdit"]}
 # The package's face, and its command.

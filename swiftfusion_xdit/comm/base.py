@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -34,6 +34,25 @@ class Flag:
 
     index: int
     name: str
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One put of a layer, as every rank of the group knows it beforehand.
+
+    ``src`` puts it into ``region`` of ``dst`` and then signals ``full_flag`` there; ``src`` has
+    waited for its own ``free_flag`` before. ``parity`` numbers the set of slots, ``batch`` the
+    exchange that it belongs to: transfers of one batch need nothing of each other, and those of a
+    batch need earlier ones only.
+    """
+
+    src: int
+    dst: int
+    region: Region
+    full_flag: int
+    free_flag: int
+    parity: int
+    batch: int
 
 
 class Counters:
@@ -90,7 +109,16 @@ class Communicator(ABC):
 
     ``context`` says what this rank is doing, for the report of a wait that fails; its user sets
     it. ``counters`` has the payload of every put and get.
+
+    ``on_stream`` tells how calls happen: False, when they return; True, in the order of the CUDA
+    stream that is current at the call, later. A layer is then put between ``begin_layer`` and
+    ``end_layer``, sources of puts are kept by whoever made the call until the stream is past
+    them, and a wait that fails ends the process with a report (``watchdog.py``).
     """
+
+    on_stream: ClassVar[bool] = False
+    # Whether every peer's memory and flags have an address here, so that a layer can be compiled.
+    addressable: ClassVar[bool] = False
 
     def __init__(self, *, rank: int, size: int, topology: Topology) -> None:
         if topology.num_ranks != size:
@@ -172,6 +200,28 @@ class Communicator(ABC):
     @abstractmethod
     def clear(self, buffer: SymmetricBuffer, flag_index: int) -> None:
         """Clear one of this rank's own flags, set or not: how a layer that was given up ends."""
+
+    def bind(  # noqa: B027, a hook
+        self, buffer: SymmetricBuffer, transfers: Sequence[Transfer]
+    ) -> None:
+        """Collective: what a layer on this buffer moves; the same sequence on every rank.
+
+        Called once for a buffer, before the first put. A transport whose peers take part in a
+        transfer derives their part from this; one that needs nothing of them ignores it.
+        """
+
+    def name_flags(  # noqa: B027, a hook
+        self, buffer: SymmetricBuffer, flags: Sequence[tuple[Flag, int]]
+    ) -> None:
+        """Name this rank's own flags, and who signals each, for reports from a stream."""
+
+    def begin_layer(  # noqa: B027, a hook
+        self, buffer: SymmetricBuffer, context: str, *, parity: int = 0
+    ) -> None:
+        """Say that the current stream begins a layer on this buffer; ``context`` names it."""
+
+    def end_layer(self, buffer: SymmetricBuffer) -> None:  # noqa: B027, a hook
+        """Say that the layer ends: the current stream is behind all that the layer has done."""
 
     @abstractmethod
     def post(self, words: tuple[int, int]) -> None:

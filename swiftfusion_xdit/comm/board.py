@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from swiftfusion_xdit.comm import semaphore
 
 _INT64 = range(-(2**63), 2**63)
+
+
+def check_words(words: Sequence[int]) -> None:
+    """Check that both words fit a board.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if len(words) != 2 or words[0] not in _INT64 or words[1] not in _INT64:
+        raise ValueError(f"board words must fit int64, got {words}")
 
 
 class Board:
@@ -30,8 +41,7 @@ class Board:
 
     def post(self, words: tuple[int, int], *, rank: int) -> None:
         """Replace this ``rank``'s words; one thread of it only."""
-        if words[0] not in _INT64 or words[1] not in _INT64:
-            raise ValueError(f"board words must fit int64, got {words}")
+        check_words(words)
         board = self._words[rank]
         num_posts = board[0] + 1
         place = 1 + 2 * (num_posts % 2)

@@ -71,7 +71,7 @@ def map_segments(group: dist.ProcessGroup, *, num_bytes: int, num_flags: int) ->
     # Every name is known to all before the first segment exists: survivors can always clean up.
     token = struct.unpack(_TOKEN_FORMAT, secrets.token_bytes(16))
     offers = exchange(group, [num_bytes, num_flags, *token])
-    _check_sizes(offers)
+    check_sizes(offers)
     layout = Layout(num_bytes, num_flags)
     paths = [_path(hi, lo) for _, _, hi, lo in offers]
     to_unlink = paths
@@ -99,7 +99,8 @@ def _path(*token: int) -> Path:
     return DIRECTORY / (PREFIX + struct.pack(_TOKEN_FORMAT, *token).hex())
 
 
-def _check_sizes(offers: list[list[int]]) -> None:
+def check_sizes(offers: list[list[int]]) -> None:
+    """Check that all ranks offer the same (num_bytes, num_flags, ...), none negative."""
     for name, column in (("num_bytes", 0), ("num_flags", 1)):
         values = [offer[column] for offer in offers]
         if len(set(values)) > 1:

@@ -112,7 +112,7 @@ class ShmCommunicator(Communicator):
         self._buffers: list[ShmBuffer] = []
         self._closed = False
         self._board: Board | None = None
-        self._processes = _meet(group)
+        self._processes = meet(group)
         try:
             buffer = self.allocate(Board.NUM_BYTES, num_flags=0)
             self._board = Board([buffer.memory(peer) for peer in range(self.size)])
@@ -245,14 +245,13 @@ class ShmCommunicator(Communicator):
             raise RuntimeError(f"the shm communicator of rank {self.rank} is closed")
 
 
-def _meet(group: dist.ProcessGroup) -> list[process.PeerProcess]:
-    """Collective: check that the ranks share one host, and watch their processes."""
-    try:
-        # Containers of one host share memory only if they share this mount.
-        device = segment.DIRECTORY.stat().st_dev
-    except OSError:
-        device = -1
-    host = (*struct.unpack("=2q", _boot_id()), device)
+def meet(group: dist.ProcessGroup, *, transport: str = "shm") -> list[process.PeerProcess]:
+    """Collective: check that the ranks share one host, and watch their processes.
+
+    Raises:
+        ValueError: on every rank, naming ``transport`` and the host of each.
+    """
+    host = host_words()
     hostname = struct.unpack("=8q", socket.gethostname().encode()[:64].ljust(64, b"\0"))
     pid = os.getpid()
     mine = (*host, process.pid_namespace(), pid, process.start_time(pid), *hostname)
@@ -260,12 +259,23 @@ def _meet(group: dist.ProcessGroup) -> list[process.PeerProcess]:
     if len({tuple(values[:3]) for values in ranks}) > 1:
         names = ", ".join(f"rank {rank}: {_host_name(v)}" for rank, v in enumerate(ranks))
         raise ValueError(
-            f"transport shm needs every rank on one host with one {segment.DIRECTORY}, got {names}"
+            f"transport {transport} needs every rank on one host with one {segment.DIRECTORY}, "
+            f"got {names}"
         )
     return [
         process.PeerProcess(peer_pid if namespace == mine[3] else None, started=started)
         for _, _, _, namespace, peer_pid, started, *_ in ranks
     ]
+
+
+def host_words() -> tuple[int, ...]:
+    """Three int64 that are equal where ranks share a running host and its shared memory."""
+    try:
+        # Containers of one host share memory only if they share this mount.
+        device = segment.DIRECTORY.stat().st_dev
+    except OSError:
+        device = -1
+    return (*struct.unpack("=2q", _boot_id()), device)
 
 
 def _boot_id() -> bytes:

@@ -1,0 +1,173 @@
+"""What a GPU notes about its layers in host memory, for the watchdog to read.
+
+The notes are written by the streams themselves, as constants, so a captured CUDA graph makes them
+on every replay. Nothing here synchronises with the device.
+
+| note | written | means |
+|---|---|---|
+| in flight | 1 when a layer begins, 0 when it has ended | the device is inside a layer |
+| beat | 1 both times; the host clears it | a layer has begun or ended since |
+| lane | a token before a wait, 0 after it | the flag that this stream waits for |
+
+A lane belongs to one stream at a time. Lanes 0 to 3 are for the streams of a compiled program, the
+others for calls of the communicator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from swiftfusion_xdit.comm import driver
+from swiftfusion_xdit.comm.base import Flag
+from swiftfusion_xdit.comm.driver import CopyShape
+from swiftfusion_xdit.comm.watchdog import PendingWait
+
+NUM_PROGRAM_LANES = 4
+NUM_LANES = 16
+FLAG_BITS = 20  # of a token; the buffer's number is above
+MAX_BUFFERS = (1 << 32 - FLAG_BITS) - 1
+READ_TIMEOUT_S = 2.0
+
+_LANE_OFFSET = 64
+_BEAT_AND = 1 << 32
+
+
+class FlagMemory(Protocol):
+    """A buffer whose flags can be read back. ``flag_names`` gives the waiter's flag and peer."""
+
+    number: int
+    num_flags: int
+    flag_stride: int
+    flag_names: dict[int, tuple[Flag, int]]
+
+    def flag_base(self) -> int:
+        """Address of this rank's first flag; 0 if the buffer is closed."""
+
+
+def wait_token(buffer_number: int, flag_index: int) -> int:
+    """What a lane holds while its stream waits for a flag of a buffer; never 0."""
+    assert 0 < buffer_number <= MAX_BUFFERS, f"buffer {buffer_number}"
+    assert 0 <= flag_index < 1 << FLAG_BITS, f"flag {flag_index}"
+    return buffer_number << FLAG_BITS | flag_index
+
+
+class Heartbeat:
+    """The notes of one communicator: how streams write them, and how the watchdog reads them.
+
+    ``buffers`` gives the communicator's buffers at the time of the call.
+    """
+
+    def __init__(self, device: torch.device, buffers: Callable[[], Sequence[FlagMemory]]) -> None:
+        self._device = device
+        self._driver = driver.load()
+        self._buffers = buffers
+        num_bytes = _LANE_OFFSET + 4 * NUM_LANES
+        self._notes = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._address = self._notes.data_ptr()
+        self._in_flight = ctypes.c_uint32.from_address(self._address)
+        self._beat = ctypes.c_uint32.from_address(self._address + 4)
+        self._lanes = (ctypes.c_uint32 * NUM_LANES).from_address(self._address + _LANE_OFFSET)
+        self._lane_of: dict[int, int] = {}
+        self._reader = _FlagReader(device)
+
+    def begin(self, stream: int) -> None:
+        """Note, in stream order, that a layer begins."""
+        self._driver.note64(stream, self._address, _BEAT_AND | 1)
+
+    def end(self, stream: int) -> None:
+        """Note, in stream order, that the layer has ended."""
+        self._driver.note64(stream, self._address, _BEAT_AND | 0)
+
+    def lane_address(self, lane: int) -> int:
+        """Where the stream of a compiled program notes what it waits for: an aligned uint32."""
+        assert 0 <= lane < NUM_PROGRAM_LANES, f"lane {lane}"
+        return self._address + _LANE_OFFSET + 4 * lane
+
+    def stream_lane_address(self, stream: int) -> int:
+        """The lane of a stream that the communicator's own calls run on."""
+        lane = self._lane_of.get(stream)
+        if lane is None:
+            free = NUM_LANES - NUM_PROGRAM_LANES
+            lane = self._lane_of[stream] = NUM_PROGRAM_LANES + len(self._lane_of) % free
+        return self._address + _LANE_OFFSET + 4 * lane
+
+    def take_beat(self) -> bool:
+        beat = bool(self._beat.value)
+        self._beat.value = 0
+        return beat
+
+    def in_flight(self) -> bool:
+        return bool(self._in_flight.value)
+
+    def pending(self) -> list[PendingWait]:
+        tokens = sorted({token for token in self._lanes if token})
+        buffers = {buffer.number: buffer for buffer in self._buffers()}
+        values = {number: self._reader.read(buffer) for number, buffer in buffers.items()}
+        waits = []
+        for token in tokens:
+            number, index = token >> FLAG_BITS, token & ((1 << FLAG_BITS) - 1)
+            if number in buffers:
+                wait = _pending_wait(buffers[number], index, values[number], certain=True)
+                if wait is not None and wait.seen != 1:
+                    waits.append(wait)
+        if tokens:
+            return waits
+        # Nothing notes its waits here: every flag that is not set may be the one.
+        for number, buffer in buffers.items():
+            for index in sorted(buffer.flag_names):
+                wait = _pending_wait(buffer, index, values[number], certain=False)
+                if wait is not None and wait.seen == 0:
+                    waits.append(wait)
+        return waits
+
+
+def _pending_wait(
+    buffer: FlagMemory, index: int, values: list[int] | None, *, certain: bool
+) -> PendingWait | None:
+    named = buffer.flag_names.get(index)
+    if named is None:
+        return None
+    seen = values[index] if values is not None and index < len(values) else None
+    return PendingWait(named[0].name, index, named[1], seen, certain=certain)
+
+
+class _FlagReader:
+    """Reads flags while other streams of the device stand still.
+
+    What it needs is made beforehand: allocating may wait for the device.
+    """
+
+    MAX_FLAGS = 1 << 14
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._driver = driver.load()
+        self._stream = torch.cuda.Stream(device)  # does not wait for the default stream
+        self._values = torch.zeros(self.MAX_FLAGS, dtype=torch.int32, pin_memory=True)
+        self._lock = threading.Lock()
+
+    def read(self, buffer: FlagMemory) -> list[int] | None:
+        """This rank's flags, or None if the device does not answer."""
+        base, num_flags = buffer.flag_base(), min(buffer.num_flags, self.MAX_FLAGS)
+        if not base or not num_flags:
+            return None
+        shape = CopyShape(4, num_flags, buffer.flag_stride, 4, ((0, 0),))
+        with self._lock:
+            try:
+                torch.cuda.set_device(self._device)  # of this thread
+                handle = self._stream.cuda_stream
+                self._driver.copy(handle, self._values.data_ptr(), base, shape)
+                deadline = time.monotonic() + READ_TIMEOUT_S
+                while not self._stream.query():
+                    if time.monotonic() > deadline:
+                        return None
+                    time.sleep(1e-3)
+            except RuntimeError:  # a device that failed reports nothing
+                return None
+            return self._values[:num_flags].tolist()
