@@ -26,7 +26,10 @@ from swiftfusion_xdit.topology import Topology
 
 STRATEGIES = ("usp", "tas", "torus")
 SCHEDULES = ("auto", "torus", "folded", "pipelined")
-PIPELINED_GROUPS = 2
+PIPELINED_GROUPS = 2  # where the device is not known
+MOST_PIPELINED_GROUPS = 6
+TILE_ROWS = 128  # query rows that one unit of a GPU attends at a time
+WAVES_PER_GROUP = 4  # fewer, and the last, partly filled wave costs more than a group hides
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 ALIGNMENT_BYTES = 256
 
@@ -218,6 +221,7 @@ def make_plan(
     mesh: Mesh | None = None,
     schedule: str = "auto",
     has_lse: bool = True,
+    num_units: int = 0,
 ) -> Plan:
     """Choose mesh and schedule for a shape.
 
@@ -225,9 +229,10 @@ def make_plan(
         strategy: ``torus``; or ``usp`` and ``tas``, the classic schedule on USP's own layout and
             on the topology-aware one.
         mesh: forces the mesh; by default the strategy's rule for this topology and head count.
-        schedule: forces ``torus``, ``folded`` or ``pipelined``; ``auto`` takes ``torus`` where the attention
-            kernel has a log-sum-exp and ``pipelined`` elsewhere.
+        schedule: forces ``torus``, ``folded`` or ``pipelined``; ``auto`` takes ``torus`` where the
+            attention kernel has a log-sum-exp and ``pipelined`` elsewhere.
         has_lse: whether the local attention kernel returns one.
+        num_units: multiprocessors of the device, for the number of head groups; 0 if unknown.
 
     Raises:
         ValueError: a mesh that does not fit the group or the heads, or a schedule that needs a
@@ -244,7 +249,7 @@ def make_plan(
         name = schedule
     groups = 1
     if name == "pipelined":
-        groups = min(PIPELINED_GROUPS, shape.num_heads // mesh.num_head_groups)
+        groups = pipelined_groups(shape, mesh, num_units)
     plan = Plan(shape, build(name, mesh, groups_per_rank=groups))
     if not has_lse and needs_lse(plan.schedule):
         raise ValueError(
@@ -252,6 +257,17 @@ def make_plan(
             "log-sum-exp; use schedule='pipelined'"
         )
     return plan
+
+
+def pipelined_groups(shape: AttentionShape, mesh: Mesh, num_units: int) -> int:
+    """As many head groups as keep the device busy: each group some whole waves of tiles."""
+    heads_per_rank = shape.num_heads // mesh.num_head_groups
+    if not num_units:
+        return min(PIPELINED_GROUPS, heads_per_rank)
+    rows = sum(shape.query_lengths) // mesh.ring
+    num_tiles = -(-rows // TILE_ROWS) * shape.batch * heads_per_rank
+    fitting = num_tiles // (WAVES_PER_GROUP * num_units)
+    return max(1, min(fitting, MOST_PIPELINED_GROUPS, heads_per_rank))
 
 
 def needs_lse(schedule: Schedule) -> bool:

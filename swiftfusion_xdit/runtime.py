@@ -13,6 +13,7 @@ from torch import Tensor
 from swiftfusion_xdit.attention import Backend, attend
 from swiftfusion_xdit.attention.merge import merge
 from swiftfusion_xdit.comm import Communicator, Flag, SymmetricBuffer
+from swiftfusion_xdit.exchange import transfers
 from swiftfusion_xdit.plan import NUM_PARITIES, Plan
 from swiftfusion_xdit.schedule.steps import (
     Attend,
@@ -63,6 +64,8 @@ class LayerRunner:
         self._program = plan.schedule.programs[comm.rank]
         self._layout = plan.layouts[comm.rank]
         self.buffer: SymmetricBuffer = comm.allocate(plan.symmetric_bytes, num_flags=plan.num_flags)
+        if comm.on_stream:
+            comm.bind(self.buffer, transfers(plan))
         self._num_layers = 0
         self.reset_flags()
         self._contexts = [f"step {i} ({step})" for i, step in enumerate(self._program.steps)]
@@ -104,7 +107,9 @@ class LayerRunner:
         """
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         layer = Layer({"q": q, "k": k, "v": v}, out, scale, on_wait)
-        actions = self._actions[self._num_layers % NUM_PARITIES]
+        parity = self._num_layers % NUM_PARITIES
+        self._comm.begin_layer(self.buffer, context, parity=parity)
+        actions = self._actions[parity]
         for index, action in enumerate(actions):
             self._comm.context = f"{context}, {self._contexts[index]}"
             if events is None:
@@ -113,6 +118,7 @@ class LayerRunner:
                 start_us = time.monotonic_ns() / 1e3
                 action(layer)
                 events.append(self._event(index, start_us))
+        self._comm.end_layer(self.buffer)
         self._num_layers += 1
         return out
 

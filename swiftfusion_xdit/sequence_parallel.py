@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from swiftfusion_xdit.plan import SCHEDULES, STRATEGIES, AttentionShape, Plan, m
 from swiftfusion_xdit.runtime import LayerRunner
 from swiftfusion_xdit.simulate.timeline import Event
 from swiftfusion_xdit.topology import Topology
+
+if TYPE_CHECKING:
+    from swiftfusion_xdit.device_runtime import SideStreams
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +99,10 @@ class SequenceParallel:
         if self._forced_mesh is not None:
             self._forced_mesh.require(num_ranks=group.size())
         self._agreement.require_equal(
-            "options", f"{strategy} {schedule} {transport} {backend} {self._forced_mesh}"
+            "options", f"{strategy} {schedule} {transport} {self._backend.name} {self._forced_mesh}"
         )
         self._comm: Communicator = create_communicator(
-            transport, group, self.topology, timeout_s=self.timeout_s
+            transport, group, self.topology, timeout_s=self.timeout_s, device=self.device
         )
         self._runners: dict[tuple[tuple[int, ...], ...], LayerRunner] = {}
         self._latest: dict[tuple[int, ...], tuple[int, LayerRunner]] = {}
@@ -107,6 +110,7 @@ class SequenceParallel:
         self._num_calls = 0
         self._plan: Plan | None = None
         self._events: list[Event] | None = None
+        self._streams: SideStreams | None = None
         self._attention_calls = 0
 
     def _find_topology(self, num_ranks: int, machines: int | Topology | None) -> Topology:
@@ -224,6 +228,7 @@ class SequenceParallel:
             mesh=self._forced_mesh,
             schedule=self.schedule,
             has_lse=self._backend.has_lse,
+            num_units=self._num_units(),
         )
         if self._comm.rank == 0:
             logger.info(
@@ -235,7 +240,23 @@ class SequenceParallel:
                 num_heads,
                 plan.symmetric_bytes / 2**20,
             )
-        return LayerRunner(plan, self._comm, self._backend)
+        return self._make_runner(plan)
+
+    def _make_runner(self, plan: Plan) -> LayerRunner:
+        if not self._comm.addressable:
+            return LayerRunner(plan, self._comm, self._backend)
+        from swiftfusion_xdit import device_runtime, native
+
+        if self._streams is None:
+            self._streams = device_runtime.SideStreams(self.device)
+        return device_runtime.DeviceRunner(
+            plan, self._comm, self._backend, native=native.load(), streams=self._streams
+        )
+
+    def _num_units(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def _check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
