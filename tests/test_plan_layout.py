@@ -15,7 +15,9 @@ from tests.meshes import meshes_up_to
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     mesh = draw(st.sampled_from(meshes_up_to(12)))
-    name, most_groups = draw(st.sampled_from([("torus", 1), ("folded", 1), ("usp", 1), ("pipelined", 3)]))
+    name, most_groups = draw(
+        st.sampled_from([("torus", 1), ("folded", 1), ("usp", 1), ("pipelined", 3)])
+    )
     kv_heads = draw(st.integers(1, 5))
     shared_by = draw(st.integers(1, 4))
     while kv_heads * shared_by < mesh.num_head_groups:

@@ -64,7 +64,9 @@ def assert_data_is_there(program: Program, order: list[int]) -> None:
 
 
 @pytest.mark.parametrize("mesh", [*meshes_of(4), *meshes_of(8), Mesh(3, 2, 2)], ids=str)
-@pytest.mark.parametrize(("name", "groups"), [("torus", 1), ("folded", 1), ("pipelined", 2), ("usp", 1)])
+@pytest.mark.parametrize(
+    ("name", "groups"), [("torus", 1), ("folded", 1), ("pipelined", 2), ("usp", 1)]
+)
 def test_any_order_that_streams_allow(mesh: Mesh, name: str, groups: int) -> None:
     for seed in range(5):
         rng = random.Random(seed)
