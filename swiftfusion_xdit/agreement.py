@@ -11,9 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# Order is part of what ranks exchange.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 class Agreement:
     """Small collectives over a process group, of int64 numbers only, each with a deadline."""

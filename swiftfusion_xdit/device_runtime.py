@@ -147,25 +147,21 @@ class DeviceRunner(LayerRunner):
                     finished = layer.finished[key] = layer.finished[key].contiguous()
                     bases[base] = finished.data_ptr()
         self._comm.end_layer(self.buffer)
-        self._count_sent()
+        for link, num_bytes, num_messages in self._sent:
+            self._comm.counters.add(link, num_bytes, num_messages=num_messages)
         self._num_layers += 1
         return out
 
-    def _count_sent(self) -> None:
-        for link, num_bytes in self._sent:
-            self._comm.counters.add(link, num_bytes)
-
     @cached_property
-    def _sent(self) -> list[tuple[Link, int]]:
-        """What one layer puts."""
-        return [
-            (
-                self._comm.topology.link(self._rank, step.peer),
-                self.plan.layouts[step.peer].slot(step.block, 0).num_bytes,
-            )
-            for step in self._program.steps
-            if isinstance(step, Put)
-        ]
+    def _sent(self) -> list[tuple[Link, int, int]]:
+        """Per class of link: bytes and messages that one layer puts."""
+        sizes: dict[Link, list[int]] = {}
+        for step in self._program.steps:
+            if isinstance(step, Put):
+                link = self._comm.topology.link(self._rank, step.peer)
+                slot = self.plan.layouts[step.peer].slot(step.block, 0)
+                sizes.setdefault(link, []).append(slot.num_bytes)
+        return [(link, sum(each), sum(size > 0 for size in each)) for link, each in sizes.items()]
 
     def _compile_for(self, q: Tensor, k: Tensor, v: Tensor) -> _Compiled:
         parity = self._num_layers % NUM_PARITIES

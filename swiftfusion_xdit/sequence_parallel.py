@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swiftfusion_xdit import envs
-from swiftfusion_xdit.agreement import DTYPES, Agreement
+from swiftfusion_xdit.agreement import Agreement
 from swiftfusion_xdit.attention import Backend, select_backend
 from swiftfusion_xdit.comm import Communicator, create_communicator
+from swiftfusion_xdit.inputs import LocalSizes, check_inputs, shape_of
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.plan import SCHEDULES, STRATEGIES, AttentionShape, Plan, make_plan
 from swiftfusion_xdit.runtime import LayerRunner
@@ -104,8 +105,8 @@ class SequenceParallel:
         self._comm: Communicator = create_communicator(
             transport, group, self.topology, timeout_s=self.timeout_s, device=self.device
         )
-        self._runners: dict[tuple[tuple[int, ...], ...], LayerRunner] = {}
-        self._latest: dict[tuple[int, ...], tuple[int, LayerRunner]] = {}
+        self._runners: dict[AttentionShape, LayerRunner] = {}
+        self._latest: dict[LocalSizes, tuple[int, LayerRunner]] = {}  # with the plan's number
         self._num_plans = 0
         self._num_calls = 0
         self._plan: Plan | None = None
@@ -144,7 +145,9 @@ class SequenceParallel:
             PeerTimeout: a peer died or did not come within ``SWIFTFUSION_TIMEOUT_S``. The group
                 cannot be used any more.
         """
-        self._check_inputs(q, k, v)
+        check_inputs(q, k, v, self.device)
+        if self._forced_mesh is not None:
+            self._forced_mesh.require(num_ranks=self._comm.size, num_heads=q.shape[2])
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return _InferenceOnly.apply(self, q, k, v, scale)
         return self._attention(q, k, v, scale)
@@ -152,7 +155,7 @@ class SequenceParallel:
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
         call = self._num_calls + 1
-        mine = (*q.shape, k.shape[1], k.shape[2], DTYPES.index(q.dtype))
+        mine = LocalSizes.of(q, k)
         agreed = self._latest.get(mine)
         while True:
             plan_id, runner = agreed or self._agree(call, mine)
@@ -187,40 +190,29 @@ class SequenceParallel:
                 if their_call == call and their_plan != plan_id:
                     raise _Disagreement
 
-    def _agree(self, call: int, mine: tuple[int, ...]) -> tuple[int, LayerRunner]:
+    def _agree(self, call: int, mine: LocalSizes) -> tuple[int, LayerRunner]:
         """Collective: learn every rank's lengths and take or make the plan for them."""
         self._comm.post((call, -1))
-        everyone = self._agreement.gather(f"lengths of attention call {call}", mine)
-        _check_ranks_fit(everyone)
+        gathered = self._agreement.gather(f"lengths of attention call {call}", mine)
+        shape = shape_of([LocalSizes(*numbers) for numbers in gathered])
         # Nobody is inside a layer now; what a layer left behind when it was given up goes.
         for runner in self._runners.values():
             runner.reset_flags()
-        key = tuple(everyone)
-        if key not in self._runners:
-            self._runners[key] = self._new_runner(everyone)
+        if shape not in self._runners:
+            self._runners[shape] = self._new_runner(shape)
         self._num_plans += 1
-        self._latest[mine] = (self._num_plans, self._runners[key])
+        self._latest[mine] = (self._num_plans, self._runners[shape])
         # Past this barrier no board asks for an agreement and all flags are ready for puts.
         self._comm.post((call, self._num_plans))
         self._agreement.barrier(f"flags of attention call {call}")
         return self._latest[mine]
 
-    def _new_runner(self, everyone: list[tuple[int, ...]]) -> LayerRunner:
+    def _new_runner(self, shape: AttentionShape) -> LayerRunner:
         if len(self._runners) >= MAX_PLANS:
             oldest = next(iter(self._runners))
             runner = self._runners.pop(oldest)
             self._latest = {k: v for k, v in self._latest.items() if v[1] is not runner}
             runner.close()
-        batch, _, num_heads, head_dim, _, num_kv_heads, dtype = everyone[0]
-        shape = AttentionShape(
-            batch=batch,
-            query_lengths=tuple(lengths[1] for lengths in everyone),
-            key_lengths=tuple(lengths[4] for lengths in everyone),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=DTYPES[dtype],
-        )
         plan = make_plan(
             shape,
             self.topology,
@@ -237,7 +229,7 @@ class SequenceParallel:
                 plan.mesh,
                 plan.schedule.name,
                 sum(shape.query_lengths),
-                num_heads,
+                shape.num_heads,
                 plan.symmetric_bytes / 2**20,
             )
         return self._make_runner(plan)
@@ -257,27 +249,6 @@ class SequenceParallel:
         if self.device.type != "cuda":
             return 0
         return torch.cuda.get_device_properties(self.device).multi_processor_count
-
-    def _check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-            raise ValueError(f"q must be [B, s_q, H, D] and k, v [B, s_kv, H_kv, D]; {shapes}")
-        if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-            raise ValueError(f"q, k and v must have the same batch and head dim; {shapes}")
-        if 0 in (q.shape[0], q.shape[2], q.shape[3], k.shape[2]) or q.shape[2] % k.shape[2]:
-            raise ValueError(f"H must be a positive multiple of H_kv, B and D positive; {shapes}")
-        if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-            raise ValueError(
-                f"q, k and v must have one dtype of {', '.join(map(str, DTYPES))}; "
-                f"got {q.dtype}, {k.dtype}, {v.dtype}"
-            )
-        if not q.device == k.device == v.device or q.device.type != self.device.type:
-            raise ValueError(
-                f"q, k and v must be on this group's device {self.device}; "
-                f"got {q.device}, {k.device}, {v.device}"
-            )
-        if self._forced_mesh is not None:
-            self._forced_mesh.require(num_ranks=self._comm.size, num_heads=q.shape[2])
 
     @property
     def mesh(self) -> Mesh | None:
@@ -353,12 +324,3 @@ class _InferenceOnly(torch.autograd.Function):
 def _require(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-
-
-def _check_ranks_fit(everyone: list[tuple[int, ...]]) -> None:
-    """Batch, heads, head dim and dtype must be the same on all ranks; lengths need not."""
-    for index, name in ((0, "batch"), (2, "H"), (3, "D"), (5, "H_kv"), (6, "dtype")):
-        values = [lengths[index] for lengths in everyone]
-        if len(set(values)) > 1:
-            shown = [DTYPES[value] for value in values] if name == "dtype" else values
-            raise ValueError(f"{name} must be the same on every rank, got {shown} by rank")

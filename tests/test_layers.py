@@ -37,7 +37,13 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["exchange"] = {"plan", "comm", *ALLOWED["plan"]}
 ALLOWED["runtime"] = {"exchange", "comm", "attention", *ALLOWED["exchange"]}
 ALLOWED["device_runtime"] = {"runtime", "native", *ALLOWED["runtime"]}
-ALLOWED["sequence_parallel"] = {"device_runtime", "agreement", *ALLOWED["device_runtime"]}
+ALLOWED["inputs"] = {"plan", *ALLOWED["plan"]}
+ALLOWED["sequence_parallel"] = {
+    "device_runtime",
+    "agreement",
+    "inputs",
+    *ALLOWED["device_runtime"],
+}
 ALLOWED["xdit"] = {"sequence_parallel", "bootstrap", *ALLOWED["sequence_parallel"]}
 ALLOWED["cli"] = {"xdit", *ALLOWED["xdit"]}
 # The package's face, and its command.

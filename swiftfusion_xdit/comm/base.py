@@ -62,14 +62,14 @@ class Counters:
         self._lock = threading.Lock()
         self.reset()
 
-    def add(self, link: Link, num_bytes: int) -> None:
-        """Count one message of ``num_bytes``; nothing was sent if that is zero."""
+    def add(self, link: Link, num_bytes: int, *, num_messages: int = 1) -> None:
+        """Count messages of ``num_bytes`` together; nothing was sent if that is zero."""
         if num_bytes == 0:
             return
         with self._lock:
             total = self._totals[link]
             total[0] += num_bytes
-            total[1] += 1
+            total[1] += num_messages
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """``{"same_machine": {"bytes": n, "messages": n}, ...}``, a copy, with every class."""
