@@ -229,8 +229,9 @@ def make_plan(
         strategy: ``torus``; or ``usp`` and ``tas``, the classic schedule on USP's own layout and
             on the topology-aware one.
         mesh: forces the mesh; by default the strategy's rule for this topology and head count.
-        schedule: forces ``torus``, ``folded`` or ``pipelined``; ``auto`` takes ``torus`` where the
-            attention kernel has a log-sum-exp and ``pipelined`` elsewhere.
+        schedule: forces ``torus``, ``folded`` or ``pipelined``; ``auto`` takes ``torus``, but
+            ``pipelined`` where the attention kernel has no log-sum-exp, and on GPUs where no axis
+            crosses machines, so that only head groups can hide the exchange.
         has_lse: whether the local attention kernel returns one.
         num_units: multiprocessors of the device, for the number of head groups; 0 if unknown.
 
@@ -244,7 +245,7 @@ def make_plan(
     if strategy != "torus":
         name = "usp"
     elif schedule == "auto":
-        name = "torus" if has_lse else "pipelined"
+        name = "pipelined" if not has_lse or (num_units and mesh.torus == 1) else "torus"
     else:
         name = schedule
     groups = 1
