@@ -11,7 +11,7 @@ from swiftfusion_xdit import __version__
 
 # Each module has add_parser(subparsers), which sets the default `run`, a function of the parsed
 # arguments that returns the exit status.
-COMMANDS = ("bench", "demo", "doctor", "xdit")
+COMMANDS = ("bench", "demo", "doctor", "plan", "simulate", "xdit")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from swiftfusion_xdit.schedule.pipelined import pipelined
 from swiftfusion_xdit.schedule.steps import Program, Schedule
 from swiftfusion_xdit.schedule.torus import torus
 
-__all__ = ["BUILDERS", "Schedule", "ScheduleError", "build", "check"]
+__all__ = ["BUILDERS", "Schedule", "ScheduleError", "build", "build_program", "check"]
 
 BUILDERS: dict[str, Callable[..., Program]] = {
     "ulysses": ulysses,
@@ -27,7 +27,16 @@ BUILDERS: dict[str, Callable[..., Program]] = {
 
 @lru_cache(maxsize=64)
 def build(name: str, mesh: Mesh, *, groups_per_rank: int = 1) -> Schedule:
-    """Build every rank's program.
+    """Build every rank's program; arguments and errors as for ``build_program``."""
+    programs = tuple(
+        build_program(name, mesh, rank, groups_per_rank=groups_per_rank)
+        for rank in range(mesh.size)
+    )
+    return Schedule(name, mesh, groups_per_rank, programs)
+
+
+def build_program(name: str, mesh: Mesh, rank: int, *, groups_per_rank: int = 1) -> Program:
+    """Build one rank's program.
 
     Args:
         name: a key of ``BUILDERS``.
@@ -47,5 +56,4 @@ def build(name: str, mesh: Mesh, *, groups_per_rank: int = 1) -> Schedule:
             f"got {groups_per_rank} with {name!r}"
         )
     options = {"groups_per_rank": groups_per_rank} if builder is pipelined else {}
-    programs = tuple(builder(mesh, rank, **options) for rank in range(mesh.size))
-    return Schedule(name, mesh, groups_per_rank, programs)
+    return builder(mesh, rank, **options)

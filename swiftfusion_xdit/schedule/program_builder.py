@@ -97,13 +97,23 @@ class ProgramBuilder:
         self._steps.append(Attend(self._stage, "compute", tuple(queries), tuple(keys), heads))
 
     def merge_and_push(self, queries: Sequence[int], *, stream: Stream, group: int = 0) -> None:
-        """Finish the output of these query chunks and send home what is not this rank's."""
+        """Finish the output of these query chunks and send home what is not this rank's.
+
+        Every rank begins with its own neighbour: were all to begin with the same rank, they would
+        queue there.
+        """
         heads = self.heads(self.rank, group)
         self._steps.append(Merge(self._stage, "compute", tuple(queries), heads))
-        for chunk in queries:
+        for chunk in sorted(queries, key=self._offset):
             if chunk != self.rank:
                 block = Block("o", chunk, heads)
                 self._steps.append(Put(self._stage, stream, block, chunk))
+
+    def _offset(self, rank: int) -> tuple[int, int]:
+        """How far on the machines and in the machine a rank that shares the ring place is."""
+        at = self.mesh.coordinates(rank)
+        machines = (at.torus - self.at.torus) % self.mesh.torus
+        return machines, (at.ulysses - self.at.ulysses) % self.mesh.ulysses
 
     def collect_output(self) -> None:
         """Take home this rank's output rows from every rank that attended them."""

@@ -1,0 +1,154 @@
+"""What no execution of a candidate can beat: it spares the planner most simulations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.planner.candidates import Candidate
+from swiftfusion_xdit.simulate.cost import FLOPS_PER_US, Costs
+from swiftfusion_xdit.simulate.hardware import BYTES_PER_US, Cluster
+from swiftfusion_xdit.simulate.sizes import BlockSizes, LayerShape, split_counts
+from swiftfusion_xdit.simulate.transport import Transport
+
+
+def even_shape(shape: LayerShape, mesh: Mesh) -> LayerShape:
+    """The shape with the largest head group and the mean rows on every rank.
+
+    A layer takes as long as its busiest rank, so this is what to predict; and where all ranks do
+    the same, one of them stands for all.
+    """
+    num_ranks, groups = mesh.size, mesh.num_head_groups
+    sizes = BlockSizes(shape, mesh)
+    heads = sizes.num_heads("q", 0)  # larger groups come first
+    kv_heads = max(sizes.num_heads("k", group) for group in range(groups))
+    while heads % kv_heads:
+        kv_heads += 1
+    queries = math.ceil(sum(shape.query_lengths) / num_ranks)
+    keys = math.ceil(sum(shape.key_lengths) / num_ranks)
+    return LayerShape(
+        batch=shape.batch,
+        query_lengths=(queries,) * num_ranks,
+        key_lengths=(keys,) * num_ranks,
+        num_heads=heads * groups,
+        num_kv_heads=kv_heads * groups,
+        head_dim=shape.head_dim,
+        itemsize=shape.itemsize,
+    )
+
+
+def lower_bound_us(
+    candidate: Candidate, shape: LayerShape, cluster: Cluster, transport: Transport
+) -> float:
+    """Microseconds that a layer takes at least.
+
+    Args:
+        shape: even, see ``even_shape``.
+    """
+    mesh = candidate.mesh
+    attention_us = _attention_us(candidate, shape, cluster)
+    ways = _ways(mesh, cluster, transport)
+
+    def exchange_us(tensors: str) -> float:
+        return max((way.time_us(tensors, shape, mesh) for way in ways), default=0.0)
+
+    received_us, sent_us = exchange_us("qkv"), exchange_us("o")
+    everything_us = max(attention_us, exchange_us("qkvo"))
+    rate = cluster.gpu.attention_rate(shape.head_dim) * FLOPS_PER_US
+    ideal_us, remote = shape.flops / mesh.size / rate, 1 - 1 / mesh.torus
+    if candidate.schedule == "torus":
+        # The last machine's keys are attended for all remote rows before any of these goes home.
+        last_us = ideal_us * remote / mesh.torus
+        return max(everything_us, received_us + last_us + sent_us)
+    if candidate.schedule == "folded":
+        # Only the stationary rows are attended while the others arrive.
+        return max(everything_us, received_us + ideal_us * remote + sent_us)
+    # Nothing hides the first group's way in and the last one's way home.
+    heads = shape.num_heads // mesh.num_head_groups
+    parts = split_counts(heads, candidate.groups_per_rank)
+    home_us = sent_us * parts[-1] / heads
+    if candidate.schedule == "usp":  # keys come in while others are attended
+        return max(everything_us, exchange_us("q") + attention_us + home_us)
+    first_us = received_us * parts[0] / heads + attention_us + home_us
+    last_us = received_us + ideal_us * parts[-1] / heads + home_us
+    return max(everything_us, first_us, last_us)
+
+
+def num_messages(candidate: Candidate) -> int:
+    """Puts of one rank, about: q, k and v to those that attend them, and o home."""
+    mesh = candidate.mesh
+    return candidate.groups_per_rank * 2 * (mesh.num_head_groups + mesh.size - 2)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How many chunks one rank receives on a class of path, and at which rate.
+
+    ``queries`` also counts the chunks of output that come home.
+    """
+
+    queries: int
+    keys: int
+    bytes_per_us: float
+
+    def time_us(self, tensors: str, shape: LayerShape, mesh: Mesh) -> float:
+        num_elements = 0
+        for tensor in tensors:
+            is_key = tensor in "kv"
+            heads = shape.num_kv_heads if is_key else shape.num_heads
+            chunks = self.keys if is_key else self.queries
+            rows = shape.key_lengths[0] if is_key else shape.query_lengths[0]
+            num_elements += chunks * rows * (heads // mesh.num_head_groups)
+        return num_elements * shape.batch * shape.head_dim * shape.itemsize / self.bytes_per_us
+
+
+def _ways(mesh: Mesh, cluster: Cluster, transport: Transport) -> list[Way]:
+    """Inside and across; none for a mesh that does not keep to the machines' boundaries."""
+    inside = cluster.inside.gb_per_s * transport.inside.fraction * BYTES_PER_US
+    groups = mesh.num_head_groups
+    if cluster.num_machines == 1:
+        return [Way(groups - 1, mesh.size - 1, inside)]
+    if mesh.torus != cluster.num_machines or cluster.across is None:
+        return []
+    share = cluster.across.gb_per_s / cluster.gpus_per_machine
+    if cluster.across_gb_per_s_per_gpu is not None:
+        share = min(share, cluster.across_gb_per_s_per_gpu)
+    across = share * transport.across.fraction * BYTES_PER_US
+    entering = groups - mesh.ulysses  # rows that cross, once each; the ring hands keys on
+    return [
+        Way(entering, entering, across),
+        Way(mesh.ulysses - 1, mesh.size - 1 - entering, inside),
+    ]
+
+
+def _attention_us(candidate: Candidate, shape: LayerShape, cluster: Cluster) -> float:
+    """The attention calls of one rank, which its compute stream runs one after another."""
+    mesh, costs = candidate.mesh, Costs(cluster.gpu)
+    heads = shape.num_heads // mesh.num_head_groups
+    return sum(
+        times
+        * costs.attend_us(
+            query_rows=query_chunks * shape.query_lengths[0],
+            key_rows=key_chunks * shape.key_lengths[0],
+            num_heads=part,
+            head_dim=shape.head_dim,
+            batch=shape.batch,
+        )
+        for query_chunks, key_chunks, times in _calls(candidate.schedule, mesh)
+        for part in split_counts(heads, candidate.groups_per_rank)
+    )
+
+
+def _calls(schedule: str, mesh: Mesh) -> list[tuple[int, int, int]]:
+    """(chunks of queries, chunks of keys, how often) of a rank's calls for one head group."""
+    groups, entering, machine = mesh.num_head_groups, mesh.ulysses, mesh.ulysses * mesh.ring
+    remote = mesh.torus - 1
+    if schedule == "usp":
+        return [(groups, groups, mesh.ring)]
+    if schedule == "pipelined":
+        return [(groups, mesh.size, 1)]
+    stationary = [(entering, entering, mesh.ring), (entering, remote * machine, 1)]
+    if schedule == "folded":
+        return [*stationary, (remote * entering, mesh.size, 1)]
+    return [*stationary, (entering, machine, remote), (remote * entering, machine, remote)]
