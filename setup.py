@@ -35,6 +35,7 @@ REQUIREMENTS = [
     "packaging",
     "pillow",
     "psutil",
+    "pyyaml",
     "rich>=13",
     "torch>=2.6",
     "triton; platform_system == 'Linux'",  # xfuser imports it, also without a GPU

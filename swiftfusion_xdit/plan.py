@@ -222,6 +222,7 @@ def make_plan(
     schedule: str = "auto",
     has_lse: bool = True,
     num_units: int = 0,
+    groups_per_rank: int = 0,
 ) -> Plan:
     """Choose mesh and schedule for a shape.
 
@@ -234,6 +235,7 @@ def make_plan(
             crosses machines, so that only head groups can hide the exchange.
         has_lse: whether the local attention kernel returns one.
         num_units: multiprocessors of the device, for the number of head groups; 0 if unknown.
+        groups_per_rank: forces the number of head groups of ``pipelined``; 0 leaves it open.
 
     Raises:
         ValueError: a mesh that does not fit the group or the heads, or a schedule that needs a
@@ -250,7 +252,7 @@ def make_plan(
         name = schedule
     groups = 1
     if name == "pipelined":
-        groups = pipelined_groups(shape, mesh, num_units)
+        groups = groups_per_rank or pipelined_groups(shape, mesh, num_units)
     plan = Plan(shape, build(name, mesh, groups_per_rank=groups))
     if not has_lse and needs_lse(plan.schedule):
         raise ValueError(

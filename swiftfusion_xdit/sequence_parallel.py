@@ -25,6 +25,7 @@ from swiftfusion_xdit.simulate.timeline import Event
 from swiftfusion_xdit.topology import Topology
 
 if TYPE_CHECKING:
+    from swiftfusion_xdit.autoplan import AutoPlanner
     from swiftfusion_xdit.device_runtime import SideStreams
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class SequenceParallel:
         self._plan: Plan | None = None
         self._events: list[Event] | None = None
         self._streams: SideStreams | None = None
+        self._planner: AutoPlanner | None = None
         self._attention_calls = 0
 
     def _find_topology(self, num_ranks: int, machines: int | Topology | None) -> Topology:
@@ -213,15 +215,7 @@ class SequenceParallel:
             runner = self._runners.pop(oldest)
             self._latest = {k: v for k, v in self._latest.items() if v[1] is not runner}
             runner.close()
-        plan = make_plan(
-            shape,
-            self.topology,
-            strategy=self.strategy,
-            mesh=self._forced_mesh,
-            schedule=self.schedule,
-            has_lse=self._backend.has_lse,
-            num_units=self._num_units(),
-        )
+        plan = self._choose_plan(shape)
         if self._comm.rank == 0:
             logger.info(
                 "%s: mesh %s, schedule %s, %d rows, %d heads, %.1f MiB of symmetric memory a rank",
@@ -233,6 +227,36 @@ class SequenceParallel:
                 plan.symmetric_bytes / 2**20,
             )
         return self._make_runner(plan)
+
+    def _choose_plan(self, shape: AttentionShape) -> Plan:
+        """Collective: the planner's choice on GPUs; elsewhere the strategy's rule."""
+        mesh, schedule, groups = self._forced_mesh, self.schedule, 0
+        is_open = self.strategy == "torus" and (mesh is None or schedule == "auto")
+        if is_open and self.device.type == "cuda" and self.topology.is_even:
+            from swiftfusion_xdit.autoplan import AutoPlanner
+
+            if self._planner is None:
+                self._planner = AutoPlanner(self._agreement, self.topology, self.device)
+            choice = self._planner.choose(
+                shape,
+                mesh=mesh,
+                schedule=schedule,
+                has_lse=self._backend.has_lse,
+                two_sided=not self._comm.addressable,
+            )
+            mesh, schedule, groups = choice.mesh, choice.schedule, choice.groups_per_rank
+            if self._comm.rank == 0:
+                logger.info("planned: %s", choice.describe())
+        return make_plan(
+            shape,
+            self.topology,
+            strategy=self.strategy,
+            mesh=mesh,
+            schedule=schedule,
+            has_lse=self._backend.has_lse,
+            num_units=self._num_units(),
+            groups_per_rank=groups,
+        )
 
     def _make_runner(self, plan: Plan) -> LayerRunner:
         if not self._comm.addressable:

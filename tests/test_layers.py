@@ -34,6 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "comm": {"region", "topology", "envs"},
     "plan": {"schedule", "simulate", "mesh", "topology", "region", "envs"},
 }
+ALLOWED["clusters"] = {"simulate", *ALLOWED["simulate"]}
+ALLOWED["detect"] = {"clusters", *ALLOWED["clusters"]}
+ALLOWED["planner"] = {"plan", *ALLOWED["plan"]}
+ALLOWED["autoplan"] = {"agreement", "detect", "planner", *ALLOWED["planner"], *ALLOWED["detect"]}
 ALLOWED["exchange"] = {"plan", "comm", *ALLOWED["plan"]}
 ALLOWED["runtime"] = {"exchange", "comm", "attention", *ALLOWED["exchange"]}
 ALLOWED["device_runtime"] = {"runtime", "native", *ALLOWED["runtime"]}
@@ -42,10 +46,11 @@ ALLOWED["sequence_parallel"] = {
     "device_runtime",
     "agreement",
     "inputs",
+    "autoplan",
     *ALLOWED["device_runtime"],
 }
 ALLOWED["xdit"] = {"sequence_parallel", "bootstrap", *ALLOWED["sequence_parallel"]}
-ALLOWED["cli"] = {"xdit", *ALLOWED["xdit"]}
+ALLOWED["cli"] = {"xdit", "autoplan", *ALLOWED["autoplan"], *ALLOWED["xdit"]}
 # The package's face, and its command.
 ALLOWED["__init__"] = {"sequence_parallel", "xdit"}
 ALLOWED["__main__"] = {"cli"}

@@ -101,3 +101,20 @@ def replay(rank: int, num_ranks: int, schedule: str) -> str:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_graph_replays_give_the_same_bits(schedule: str) -> None:
     assert run_on_gpus(2, replay, schedule) == ["same bits"] * 2
+
+
+def planned(rank: int, num_ranks: int) -> tuple[float, str]:
+    """Mesh and schedule left to the planner, which measures the machine first."""
+    lengths = [uneven(1301, num_ranks)] * 2
+    with SequenceParallel(backend="sdpa_flash", device="cuda") as sp:
+        worst = 0.0
+        for layer in range(4):
+            mine, expected = inputs(rank, layer, lengths, (6, 6))
+            worst = max(worst, relative_error(sp.attention(*mine).cpu(), expected.cpu()))
+        return worst, sp.describe()
+
+
+def test_the_planner_decides_alike_on_all_ranks() -> None:
+    (first, described), (second, other) = run_on_gpus(2, planned)
+    assert max(first, second) <= 1e-2
+    assert described == other
