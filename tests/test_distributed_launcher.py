@@ -27,7 +27,9 @@ def raise_on(rank: int, world_size: int, bad_rank: int) -> None:
 
 
 def die_on(rank: int, world_size: int, bad_rank: int) -> int:
+    dist.barrier()  # the others are connected by now
     if rank == bad_rank:
+        time.sleep(0.5)  # and have left the barrier
         os.kill(os.getpid(), signal.SIGKILL)
     return rank
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Layout, Plan
 from swiftfusion_xdit.planner.candidates import Candidate
-from swiftfusion_xdit.schedule import BUILDERS
+from swiftfusion_xdit.schedule import build_program
 from swiftfusion_xdit.schedule.steps import Schedule
 from swiftfusion_xdit.simulate.sizes import LayerShape
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+if TYPE_CHECKING:
+    from swiftfusion_xdit.plan import AttentionShape
+
+# Plans need torch for their dtypes; the commands that plan must start, and speak, without it.
 
 
 def attention_shape(shape: LayerShape) -> AttentionShape:
     """The same sizes as a plan takes them."""
+    import torch
+
+    from swiftfusion_xdit.plan import AttentionShape
+
+    dtypes = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     return AttentionShape(
         batch=shape.batch,
         query_lengths=shape.query_lengths,
@@ -22,7 +29,7 @@ def attention_shape(shape: LayerShape) -> AttentionShape:
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        dtype=DTYPES[shape.itemsize],
+        dtype=dtypes[shape.itemsize],
     )
 
 
@@ -47,8 +54,9 @@ def symmetric_bytes(candidate: Candidate, shape: LayerShape) -> int:
     """
     if candidate.strategy != "torus":
         return 0
+    from swiftfusion_xdit.plan import NUM_PARITIES, Layout, Plan
+
     name, mesh, groups = candidate.schedule, candidate.mesh, candidate.groups_per_rank
-    options = {"groups_per_rank": groups} if name == "pipelined" else {}
-    program = BUILDERS[name](mesh, 0, **options)
+    program = build_program(name, mesh, 0, groups_per_rank=groups)
     plan = Plan(attention_shape(shape), Schedule(name, mesh, groups, (program,)))
     return NUM_PARITIES * Layout(plan, 0).layer_bytes
