@@ -102,18 +102,12 @@ class DeviceRunner(LayerRunner):
 
     def _own_flags(self) -> list[tuple[Flag, int]]:
         """Every flag that this rank waits for, and who signals it, for the watchdog's report."""
-        plan, rank = self.plan, self._rank
-        named: list[tuple[Flag, int]] = []
-        for parity in range(NUM_PARITIES):
-            for step in self._program.steps:
-                if isinstance(step, Wait):
-                    index = plan.full_flag(rank, step.block, parity)
-                    named.append((Flag(index, f"FULL of {step.block}"), step.peer))
-                elif isinstance(step, Put):
-                    index = plan.free_flag(rank, step.peer, step.block, parity)
-                    name = f"FREE of {step.block} at rank {step.peer}"
-                    named.append((Flag(index, name), step.peer))
-        return named
+        return [
+            (self._awaited_flag(step, parity), step.peer)
+            for parity in range(NUM_PARITIES)
+            for step in self._program.steps
+            if isinstance(step, Put | Wait)
+        ]
 
     def run(
         self,

@@ -172,13 +172,18 @@ class LayerRunner:
 
         return copy
 
+    def _awaited_flag(self, step: Put | Wait, parity: int) -> Flag:
+        """The flag of this rank's own that a step waits for, with its name in reports."""
+        if isinstance(step, Wait):
+            index = self.plan.full_flag(self._rank, step.block, parity)
+            return Flag(index, f"FULL of {step.block}")
+        index = self.plan.free_flag(self._rank, step.peer, step.block, parity)
+        return Flag(index, f"FREE of {step.block} at rank {step.peer}")
+
     def _bind_put(self, step: Put, parity: int) -> Action:
         plan, comm, buffer, peer = self.plan, self._comm, self.buffer, step.peer
         region = plan.layouts[peer].slot(step.block, parity)
-        free = Flag(
-            plan.free_flag(self._rank, peer, step.block, parity),
-            f"FREE of {step.block} at rank {peer}",
-        )
+        free = self._awaited_flag(step, parity)
         full = plan.full_flag(peer, step.block, parity)
         source = self._source(step.block, parity)
 
@@ -191,8 +196,7 @@ class LayerRunner:
 
     def _bind_wait(self, step: Wait, parity: int) -> Action:
         comm, buffer, peer = self._comm, self.buffer, step.peer
-        index = self.plan.full_flag(self._rank, step.block, parity)
-        full = Flag(index, f"FULL of {step.block}")
+        full = self._awaited_flag(step, parity)
         return lambda layer: comm.wait(buffer, full, peer, on_wait=layer.on_wait)
 
     def _bind_release(self, step: Release, parity: int) -> Action:

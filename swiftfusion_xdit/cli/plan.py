@@ -16,12 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from swiftfusion_xdit.cli.simulate import sequence_of
+from swiftfusion_xdit.cli.simulate import add_workload, sequence_of
 from swiftfusion_xdit.clusters import HOME, PRESETS, home_of, load, resize
 from swiftfusion_xdit.planner import POLICIES, THOROUGH, Choice, Outcome, Prediction, plan
 from swiftfusion_xdit.planner.candidates import STRATEGIES, Candidate
 from swiftfusion_xdit.simulate.hardware import Cluster
-from swiftfusion_xdit.simulate.models import ALIASES, MODELS, Model, model_named
+from swiftfusion_xdit.simulate.models import Model, model_named
 from swiftfusion_xdit.simulate.sizes import LayerShape
 from swiftfusion_xdit.simulate.step import rest_us
 
@@ -47,14 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add = parser.add_argument
     add("--topology", help=f"{', '.join(PRESETS)} or a YAML file (that of --gpu)")
     add("--gpu", help=f"instead of --topology: {', '.join(HOME)} in their usual machines (a100)")
-    add("--machines", type=int, help="number of machines (the topology's)")
-    add("--gpus-per-machine", type=int, help="GPUs of each machine (the topology's)")
-    add("--model", default="flux", help=f"{', '.join([*MODELS, *ALIASES])} (flux)")
-    add("--size", help="pixels: 3072, or 768x1360 as height x width (the model's example)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--frames", type=int, help="of a video (the model's example)")
-    length.add_argument("--seconds", type=float, help="of a video, instead of --frames")
-    add("--batch", type=int, default=1, help="samples attended at once (1)")
+    add_workload(parser)
     add("--degrees", help="axes that are fixed, as in torus=4,ring=2")
     add("--policy", choices=POLICIES, default="fastest", help="of torus (fastest)")
     add("--all", action="store_true", help=f"every candidate, not the first {MOST_ROWS}")

@@ -30,6 +30,19 @@ TRANSPORTS = {"one-sided": one_sided, "nccl": nccl}
 MOST_DRAWN_RANKS = 8
 
 
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """Add what is asked of which cluster: its size, and the model's."""
+    add = parser.add_argument
+    add("--machines", type=int, help="number of machines (the topology's)")
+    add("--gpus-per-machine", type=int, help="GPUs of each machine (the topology's)")
+    add("--model", default="flux", help=f"{', '.join([*MODELS, *ALIASES])} (flux)")
+    add("--size", help="pixels: 3072, or 768x1360 as height x width (the model's example)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--frames", type=int, help="of a video (the model's example)")
+    length.add_argument("--seconds", type=float, help="of a video, instead of --frames")
+    add("--batch", type=int, default=1, help="samples attended at once (1)")
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `simulate` to the command line."""
     parser = subparsers.add_parser(
@@ -40,14 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add = parser.add_argument
     add("--topology", default="p4de", help=f"{', '.join(PRESETS)} or a YAML file (p4de)")
-    add("--machines", type=int, help="number of machines (the topology's)")
-    add("--gpus-per-machine", type=int, help="GPUs of each machine (the topology's)")
-    add("--model", default="flux", help=f"{', '.join([*MODELS, *ALIASES])} (flux)")
-    add("--size", help="pixels: 3072, or 768x1360 as height x width (the model's example)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--frames", type=int, help="of a video (the model's example)")
-    length.add_argument("--seconds", type=float, help="of a video, instead of --frames")
-    add("--batch", type=int, default=1, help="samples attended at once (1)")
+    add_workload(parser)
     add("--strategy", choices=STRATEGIES, default="torus", help="(torus)")
     add("--schedule", choices=SCHEDULES, default="auto", help="of torus; auto: the fastest")
     add("--groups", type=int, help="head groups of --schedule pipelined (the fastest)")
