@@ -26,6 +26,7 @@ HOOKED_MODULES = (
     "xfuser.config.args",
     "xfuser.core.distributed.runtime_state",
     "xfuser.model_executor.layers.usp",
+    "xfuser.model_executor.models.transformers.transformer_wan",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests import xdit_cases
+from tests import xdit_models
 from tests.distributed import RankPool
 
 TOLERANCE = 1e-5
@@ -18,25 +18,33 @@ MESHES = (
 )
 
 
-def differences(rank: int, world_size: int, name: str) -> dict[str, float | None]:
+CASES = [
+    (name, feature) for name in xdit_models.NAMES for feature in xdit_models.load(name).FEATURES
+]
+
+
+def differences(rank: int, world_size: int, name: str, feature: str) -> dict[str, float | None]:
     arguments: dict[str, Any] = {"ulysses_degree": 2, "ring_degree": 2, "sp_machines": "2"}
     return {
-        mesh: xdit_cases.run_model(name, sp_strategy="torus", sp_mesh=mesh, **arguments)
+        mesh: xdit_models.run(name, feature, sp_strategy="torus", sp_mesh=mesh, **arguments)
         for mesh in MESHES
     }
 
 
-@pytest.mark.parametrize("name", xdit_cases.MODELS)
-def test_agrees_with_one_process(rank_pool: Callable[[int], RankPool], name: str) -> None:
-    results = rank_pool(4).run(differences, name, timeout_s=180)
+@pytest.mark.parametrize(("name", "feature"), CASES)
+def test_agrees_with_one_process(
+    rank_pool: Callable[[int], RankPool], name: str, feature: str
+) -> None:
+    results = rank_pool(4).run(differences, name, feature, timeout_s=180)
     for mesh in MESHES:
         values = [result[mesh] for result in results if result[mesh] is not None]
-        assert values and max(values) <= TOLERANCE, (name, mesh, results)
+        assert values and max(values) <= TOLERANCE, (name, feature, mesh, results)
 
 
 def cfg_parallel(rank: int, world_size: int, strategy: str) -> float | None:
-    return xdit_cases.run_model(
+    return xdit_models.run(
         "sd3",
+        "uneven text",
         sp_strategy=strategy,
         sp_machines="2",
         ulysses_degree=2,

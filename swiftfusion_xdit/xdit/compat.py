@@ -65,7 +65,7 @@ def parameters(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _names(owner: Any, name: str, expected: tuple[str, ...]) -> list[str]:
+def check_names(owner: Any, name: str, expected: tuple[str, ...]) -> list[str]:
     """What is wrong with the parameter names of ``owner.name``; empty if nothing is."""
     function = getattr(owner, name, None)
     where = f"{getattr(owner, '__name__', owner)}.{name}"
@@ -101,31 +101,33 @@ def check_args(module: ModuleType) -> list[str]:
         ("from_runner_args", ("args",)),
         ("create_config", ("self",)),
     ):
-        problems += _names(args, name, expected)
+        problems += check_names(args, name, expected)
     return problems
 
 
 def check_parallel_state(module: ModuleType) -> list[str]:
-    problems = _names(module, "get_sp_group", ())
-    problems += _names(module, "model_parallel_is_initialized", ())
+    problems = check_names(module, "get_sp_group", ())
+    problems += check_names(module, "model_parallel_is_initialized", ())
     coordinator = getattr(module, "SequenceParallelGroupCoordinator", None)
     expected = ("self", "group_ranks", "local_rank", "torch_distributed_backend", "kwargs")
-    return problems + _names(coordinator, "__init__", expected)
+    return problems + check_names(coordinator, "__init__", expected)
 
 
 def check_runtime_state(module: ModuleType) -> list[str]:
     base = getattr(module, "RuntimeState", None)
     dit = getattr(module, "DiTRuntimeState", None)
     return [
-        *_names(base, "__init__", ("self", "config")),
-        *_names(base, "_check_distributed_env", ("self", "parallel_config")),
-        *_names(
+        *check_names(base, "__init__", ("self", "config")),
+        *check_names(base, "_check_distributed_env", ("self", "parallel_config")),
+        *check_names(
             base,
             "_check_if_backend_compatible_with_current_configuration",
             ("self", "attention_backend"),
         ),
-        *_names(dit, "__init__", ("self", "pipeline", "config")),
-        *_names(dit, "_check_model_and_parallel_config", ("self", "pipeline", "parallel_config")),
+        *check_names(dit, "__init__", ("self", "pipeline", "config")),
+        *check_names(
+            dit, "_check_model_and_parallel_config", ("self", "pipeline", "parallel_config")
+        ),
     ]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from swiftfusion_xdit.xdit import compat
+from swiftfusion_xdit.xdit.key_rows import share
 from swiftfusion_xdit.xdit.patches import Patches
 from swiftfusion_xdit.xdit.session import Session, attention_op
 
@@ -126,6 +127,9 @@ def dispatch(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Ten
     _check_kv_heads(query, key, arguments["kv_head_repeat"])
     kernel = session.kernel_for(arguments["backend"], query.device.type)
     assert kernel is not None
+    key_rows = session.key_rows
+    if key_rows is not None and key_rows.num_rows == key.shape[2]:
+        key, value = key_rows.select(key), key_rows.select(value)
     if arguments["joint_strategy"]:
         query, key, value = join(session, query, key, value, arguments)
     return attention_op(query, key, value, kernel)
@@ -181,9 +185,7 @@ def join(
         raise ValueError(f"joint_strategy must be front or rear, got {strategy!r}")
     joint_query = arguments["joint_query"]
     pair = [joint_query, query] if strategy == "front" else [query, joint_query]
-    num_rows = arguments["joint_key"].shape[2]
-    start = num_rows * session.rank // session.size
-    stop = num_rows * (session.rank + 1) // session.size
+    start, stop = share(arguments["joint_key"].shape[2], session.rank, session.size)
     joint_key = arguments["joint_key"][:, :, start:stop]
     joint_value = arguments["joint_value"][:, :, start:stop]
     return (

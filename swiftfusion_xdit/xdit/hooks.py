@@ -16,7 +16,7 @@ from typing import Any
 
 from swiftfusion_xdit import bootstrap
 from swiftfusion_xdit.xdit import args as args_module
-from swiftfusion_xdit.xdit import capture, compat, cpu_mode, options
+from swiftfusion_xdit.xdit import capture, compat, corrections, cpu_mode, options
 from swiftfusion_xdit.xdit.options import Options
 from swiftfusion_xdit.xdit.patches import Patches
 
@@ -182,6 +182,10 @@ def _replaces_usp(parallel_config: Any) -> bool:
     return resolved.strategy == "torus" and resolved.fallback == "error"
 
 
+def _correct(module: ModuleType) -> None:
+    corrections.apply(module, _patches)
+
+
 class _as_if_one:
     """Show a degree as 1 for the length of a check."""
 
@@ -202,6 +206,7 @@ _HOOKS: dict[str, tuple[Callable[[ModuleType], list[str]], Callable[[ModuleType]
     "xfuser.core.distributed.runtime_state": (compat.check_runtime_state, _hook_runtime_state),
     "xfuser.core.distributed.parallel_state": (compat.check_parallel_state, None),
     "xfuser.model_executor.layers.usp": (compat.check_usp, None),
+    **dict.fromkeys(corrections.CORRECTED, (corrections.check, _correct)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from swiftfusion_xdit import envs
 from swiftfusion_xdit.xdit import groups
 from swiftfusion_xdit.xdit import report as reports
+from swiftfusion_xdit.xdit.key_rows import KeyRows, valid_rows
 from swiftfusion_xdit.xdit.options import Options
 from swiftfusion_xdit.xdit.patches import Patches
 from swiftfusion_xdit.xdit.report import Report
@@ -47,6 +49,7 @@ class Session:
         self.rank: int = group.rank_in_group
         self.size: int = group.world_size
         self.warned: set[str] = set()
+        self.key_rows: KeyRows | None = None
         self._open: dict[str, Any] = {}
         self._kernels: dict[tuple[str, str], str | None] = {}
 
@@ -56,6 +59,22 @@ class Session:
         if device_type == "cpu":
             return "cpu" if name in CPU_BACKENDS else None
         return GPU_KERNELS.get(name)
+
+    def only_keys(self, num_rows: int, kept: Sequence[tuple[int, int]]) -> OnlyKeys:
+        """Inside, calls with ``num_rows`` local key rows use those in ``kept`` as keys.
+
+        Args:
+            kept: ranges ``(start, stop)`` of local rows, in order.
+        """
+        return OnlyKeys(self, KeyRows.of(num_rows, kept))
+
+    def padded(self, num_rows: int) -> OnlyKeys:
+        """Inside, a sequence of ``num_rows`` rows is padded at its end and cut into equal chunks.
+
+        The padding stays in the queries, whose output the caller cuts off, and is no key.
+        """
+        chunk_rows = -(-num_rows // self.size)
+        return self.only_keys(chunk_rows, [valid_rows(num_rows, self.rank, chunk_rows)])
 
     def cache_manager(self) -> Any:
         return sys.modules["xfuser.core.cache_manager.cache_manager"].get_cache_manager()
@@ -92,6 +111,21 @@ class Session:
             if self.report is not None:
                 self.report.close_torus(sequence_parallel)
             sequence_parallel.close()
+
+
+class OnlyKeys:
+    """Which key rows count, for the length of a model's forward pass."""
+
+    def __init__(self, session: Session, key_rows: KeyRows) -> None:
+        self.session = session
+        self.key_rows = key_rows
+
+    def __enter__(self) -> None:
+        self.outer = self.session.key_rows
+        self.session.key_rows = self.key_rows
+
+    def __exit__(self, *_: object) -> None:
+        self.session.key_rows = self.outer
 
 
 _current: Session | None = None

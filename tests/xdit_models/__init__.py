@@ -1,0 +1,34 @@
+"""Tiny random models, one module each, run by diffusers in one process and by xDiT on ranks.
+
+A model's module has
+
+    TITLE      its name in docs/compatibility.md
+    FEATURES   the variants that it has, of those below
+    run        run(feature, **xdit_arguments): how far xDiT is from diffusers, or None on a rank to
+               which xDiT gives no result
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from tests.xdit_cases import xdit_groups
+
+# With 4 ranks: what "even" means is that rows divide by the ranks and text is split, or passed as
+# joint tensors, without padding.
+FEATURES = ("even", "uneven image", "uneven text")
+NAMES = ("flux", "wan", "hunyuan_video", "qwen_image", "sd3", "cogvideox")
+
+
+def load(name: str) -> Any:
+    assert name in NAMES, name
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def run(name: str, feature: str, **arguments: Any) -> float | None:
+    """Runs on every rank of a job; leaves no group of xDiT behind."""
+    with xdit_groups(), torch.no_grad():
+        return load(name).run(feature, **arguments)

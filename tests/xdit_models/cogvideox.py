@@ -1,0 +1,64 @@
+"""Tiny CogVideoX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.xdit_cases import HEAD_DIM, NUM_HEADS, noise, randomize, run_pipeline
+
+TITLE = "CogVideoX"
+FEATURES = ("uneven text",)
+
+
+def run(feature: str, **arguments: Any) -> float | None:
+    return run_pipeline("xFuserCogVideoXPipeline", build, **arguments)
+
+
+def build() -> tuple[Any, dict[str, Any]]:
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=NUM_HEADS,
+        attention_head_dim=HEAD_DIM,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=32,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=5,
+        patch_size=2,
+        max_text_seq_length=15,
+        use_rotary_positional_embeddings=False,
+    )
+    vae = AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    pipeline = CogVideoXPipeline(
+        transformer=randomize(transformer, 0),
+        scheduler=CogVideoXDDIMScheduler(),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+    )
+    call = {
+        "height": 8 * pipeline.vae_scale_factor_spatial,
+        "width": 8 * pipeline.vae_scale_factor_spatial,
+        "num_frames": 5,
+        "prompt_embeds": noise(1, 15, 32, seed=2),
+        "negative_prompt_embeds": noise(1, 15, 32, seed=3),
+        "latents": noise(1, 2, 4, 8, 8),
+    }
+    return pipeline, call

@@ -1,0 +1,41 @@
+"""Tiny QwenImage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.xdit_cases import HEAD_DIM, NUM_HEADS, noise, run_transformer
+
+TITLE = "QwenImage"
+FEATURES = ("even",)
+
+
+def run(feature: str, **arguments: Any) -> float:
+    return run_transformer(*build(feature), **arguments)
+
+
+def build(feature: str) -> tuple[type, dict[str, Any], dict[str, Any]]:
+    from xfuser.model_executor.models.transformers.transformer_qwen import (
+        xFuserQwenImageTransformerWrapper,
+    )
+
+    config = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": NUM_HEADS,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    inputs = {
+        "hidden_states": noise(1, 64, 16),
+        "encoder_hidden_states": noise(1, 16, 32, seed=2),
+        "encoder_hidden_states_mask": torch.ones(1, 16, dtype=torch.long),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, 8, 8)]],
+    }
+    return xFuserQwenImageTransformerWrapper, config, inputs
