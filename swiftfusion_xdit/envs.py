@@ -14,6 +14,7 @@ STRATEGIES = ("usp", "tas", "torus")
 TRANSPORTS = ("auto", "shm", "cuda", "nvshmem", "nccl")
 SCHEDULES = ("auto", "torus", "folded", "pipelined")
 FALLBACKS = ("error", "usp")
+WIRES = ("exact", "fp8")
 
 PREFIX = "SWIFTFUSION_"
 
@@ -84,6 +85,7 @@ VARIABLES: dict[str, Variable] = {
     "SP_MESH": Variable(parse_text, None, "default of --sp-mesh"),
     "SP_SCHEDULE": Variable(one_of(*SCHEDULES), "auto", "default of --sp-schedule"),
     "SP_FALLBACK": Variable(one_of(*FALLBACKS), "error", "default of --sp-fallback"),
+    "SP_WIRE": Variable(one_of(*WIRES), "exact", "default of --sp-wire"),
     "TIMEOUT_S": Variable(parse_seconds, 300.0, "seconds a rank waits for a peer before it fails"),
     "REPORT_DIR": Variable(
         parse_text, None, "directory in which every rank writes rankN.json when it exits"

@@ -62,7 +62,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, device: torch.device) -> None:
         )
 
 
-def shape_of(everyone: Sequence[LocalSizes]) -> AttentionShape:
+def shape_of(everyone: Sequence[LocalSizes], *, wire: str = "exact") -> AttentionShape:
     """The layer of a group from the sizes of all ranks, in rank order.
 
     Raises:
@@ -83,4 +83,5 @@ def shape_of(everyone: Sequence[LocalSizes]) -> AttentionShape:
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_dim,
         dtype=DTYPES[first.dtype],
+        wire=wire,
     )

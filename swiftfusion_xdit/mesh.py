@@ -186,6 +186,13 @@ def torus_mesh(topology: Topology, num_heads: int) -> Mesh:
     return Mesh(torus=num_machines, ulysses=ulysses, ring=ranks_per_machine // ulysses)
 
 
+def whole_sequence_mesh(topology: Topology) -> Mesh:
+    """A mesh without a ring: every rank attends all rows, with heads of its own."""
+    num_ranks = topology.num_ranks
+    num_machines = topology.num_machines if topology.is_even else 1
+    return Mesh(torus=num_machines, ulysses=num_ranks // num_machines)
+
+
 def usp_mesh(topology: Topology, num_heads: int) -> Mesh:
     """USP's layout: Ulysses inside a machine (as far as the heads divide), Ring across.
 

@@ -10,7 +10,14 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from swiftfusion_xdit.mesh import Mesh, paper_mesh, torus_mesh, usp_mesh
+from swiftfusion_xdit import wire
+from swiftfusion_xdit.mesh import (
+    Mesh,
+    paper_mesh,
+    torus_mesh,
+    usp_mesh,
+    whole_sequence_mesh,
+)
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule import build
 from swiftfusion_xdit.schedule.steps import (
@@ -39,7 +46,8 @@ class AttentionShape:
     """The sizes of one attention layer over a whole group.
 
     Rank p brings ``q [batch, query_lengths[p], num_heads, head_dim]`` and
-    ``k, v [batch, key_lengths[p], num_kv_heads, head_dim]``.
+    ``k, v [batch, key_lengths[p], num_kv_heads, head_dim]``. ``wire`` says how rows travel and
+    lie in slots: ``exact``, or ``fp8`` (wire.py).
     """
 
     batch: int
@@ -49,6 +57,14 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    wire: str = "exact"
+
+    @property
+    def slot_row(self) -> tuple[int, torch.dtype]:
+        """What a slot holds of one row of one head: so many elements of this dtype."""
+        if self.wire == "fp8":
+            return wire.row_bytes(self.head_dim), torch.uint8
+        return self.head_dim, self.dtype
 
     def lengths(self, tensor: TensorName) -> tuple[int, ...]:
         """Rows of every chunk of a tensor."""
@@ -57,7 +73,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A contiguous ``[batch, rows, heads, head_dim]`` array of one rank's symmetric memory."""
+    """A contiguous ``[batch, rows, heads, elements]`` array of one rank's symmetric memory."""
 
     offset_bytes: int
     shape: tuple[int, int, int, int]
@@ -98,12 +114,13 @@ class Layout:
             starts = accumulate(lengths, initial=0)
             self._row_starts[tensor] = dict(zip(order, starts, strict=False))
         end = 0
+        num_elements, self._dtype = shape.slot_row
         for tensor, heads in self._held(rank):
             rows = sum(shape.lengths(tensor)[chunk] for chunk in orders[tensor])
             num_heads = shape.num_heads if tensor == "o" else len(plan.heads(tensor, heads))
-            matrix = Matrix(end, (shape.batch, rows, num_heads, shape.head_dim))
+            matrix = Matrix(end, (shape.batch, rows, num_heads, num_elements))
             self._matrices[tensor, heads] = matrix
-            end += _aligned(math.prod(matrix.shape) * shape.dtype.itemsize)
+            end += _aligned(math.prod(matrix.shape) * self._dtype.itemsize)
         self.layer_bytes = end
 
     def _held(self, rank: int) -> list[tuple[TensorName, int]]:
@@ -134,7 +151,7 @@ class Layout:
         else:
             matrix = self._matrices[tensor, heads]
             columns = range(matrix.shape[2])
-        return matrix.window(rows, columns, self.plan.shape.dtype, parity * self.plan.layer_bytes)
+        return matrix.window(rows, columns, self._dtype, parity * self.plan.layer_bytes)
 
 
 @dataclass(frozen=True)
@@ -221,6 +238,7 @@ def make_plan(
     mesh: Mesh | None = None,
     schedule: str = "auto",
     has_lse: bool = True,
+    whole_sequence: bool = False,
     num_units: int = 0,
     groups_per_rank: int = 0,
 ) -> Plan:
@@ -234,6 +252,8 @@ def make_plan(
             ``pipelined`` where the attention kernel has no log-sum-exp, and on GPUs where no axis
             crosses machines, so that only head groups can hide the exchange.
         has_lse: whether the local attention kernel returns one.
+        whole_sequence: whether the kernel must see all rows, in order, in one call; then the
+            schedule is ``pipelined`` and the mesh has no ring.
         num_units: multiprocessors of the device, for the number of head groups; 0 if unknown.
         groups_per_rank: forces the number of head groups of ``pipelined``; 0 leaves it open.
 
@@ -241,6 +261,9 @@ def make_plan(
         ValueError: a mesh that does not fit the group or the heads, or a schedule that needs a
             log-sum-exp that the kernel does not have.
     """
+    if whole_sequence:
+        mesh = mesh or whole_sequence_mesh(topology)
+        schedule = _whole_sequence_schedule(mesh, schedule)
     choose_mesh = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}[strategy]
     mesh = mesh or choose_mesh(topology, shape.num_heads)
     mesh.require(num_ranks=topology.num_ranks, num_heads=shape.num_heads)
@@ -260,6 +283,15 @@ def make_plan(
             "log-sum-exp; use schedule='pipelined'"
         )
     return plan
+
+
+def _whole_sequence_schedule(mesh: Mesh, schedule: str) -> str:
+    if mesh.ring > 1 or schedule not in ("auto", "pipelined"):
+        raise ValueError(
+            "an attention kernel that must see the whole sequence needs a mesh with ring=1 and "
+            f"schedule 'pipelined'; got mesh {mesh} and schedule {schedule!r}"
+        )
+    return "pipelined"
 
 
 def pipelined_groups(shape: AttentionShape, mesh: Mesh, num_units: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from swiftfusion_xdit import wire
 from swiftfusion_xdit.attention import Backend, attend
 from swiftfusion_xdit.attention.merge import merge
 from swiftfusion_xdit.comm import Communicator, Flag, SymmetricBuffer
@@ -32,7 +33,7 @@ from swiftfusion_xdit.simulate.timeline import Event
 
 @dataclass
 class Layer:
-    """What exists while one layer runs: its inputs, partials, finished blocks and result."""
+    """What exists while one layer runs: inputs, also as they travel, partials and results."""
 
     inputs: dict[str, Tensor]
     out: Tensor
@@ -42,6 +43,7 @@ class Layer:
         default_factory=lambda: defaultdict(list)
     )
     finished: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    encoded: dict[str, Tensor] = field(default_factory=dict)
 
 
 Action = Callable[[Layer], None]
@@ -154,18 +156,41 @@ class LayerRunner:
         name, columns = block.tensor, slice(heads.start, heads.stop)
         return lambda layer: layer.inputs[name][:, :, columns]
 
+    def _own_encoded(self, block: Block) -> Source:
+        """The same as it lies in slots. An input is encoded once a layer, if any of it is sent."""
+        if self.plan.shape.wire == "exact":
+            return self._own(block)
+        heads = self.plan.heads(block.tensor, block.heads)
+        name, columns = block.tensor, slice(heads.start, heads.stop)
+
+        def rows(layer: Layer) -> Tensor:
+            if name not in layer.encoded:
+                layer.encoded[name] = wire.encode(layer.inputs[name])
+            return layer.encoded[name][:, :, columns]
+
+        return rows
+
+    def _decoded(self, received: Tensor) -> Source:
+        """Rows of slots as attention takes them."""
+        shape = self.plan.shape
+        if shape.wire == "exact":
+            return lambda layer: received
+        return lambda layer: wire.decode(received, head_dim=shape.head_dim, dtype=shape.dtype)
+
     def _source(self, block: Block, parity: int) -> Source:
         """What a put of ``block`` sends."""
         if block.tensor == "o":
             key = (block.chunk, block.heads)
-            return lambda layer: layer.finished.pop(key)
+            if self.plan.shape.wire == "exact":
+                return lambda layer: layer.finished.pop(key)
+            return lambda layer: wire.encode(layer.finished.pop(key))
         if block.chunk == self._rank:
-            return self._own(block)
+            return self._own_encoded(block)
         received = self._slot(block, parity)
         return lambda layer: received
 
     def _bind_copy(self, step: Copy, parity: int) -> Action:
-        slot, source = self._slot(step.block, parity), self._own(step.block)
+        slot, source = self._slot(step.block, parity), self._own_encoded(step.block)
 
         def copy(layer: Layer) -> None:
             slot.copy_(source(layer))
@@ -235,8 +260,7 @@ class LayerRunner:
     ) -> Source:
         if self._program.from_slots(chunks):
             region = self._layout.operand(tensor, chunks, heads, parity)
-            received = region.view(self.buffer.local)
-            source: Source = lambda layer: received  # noqa: E731
+            source = self._decoded(region.view(self.buffer.local))
         else:
             source = self._own(Block(tensor, self._rank, heads))
         kv_heads = None if tensor == "q" else self._kv_head_of_each_query_head(heads)
@@ -271,11 +295,11 @@ class LayerRunner:
         return run
 
     def _bind_collect(self, step: Collect, parity: int) -> Action:
-        slot = self._slot(step.block, parity)
+        rows = self._decoded(self._slot(step.block, parity))
         heads = self.plan.heads("o", step.block.heads)
         columns = slice(heads.start, heads.stop)
 
         def collect(layer: Layer) -> None:
-            layer.out[:, :, columns].copy_(slot)
+            layer.out[:, :, columns].copy_(rows(layer))
 
         return collect

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from swiftfusion_xdit.agreement import Agreement
 from swiftfusion_xdit.attention import Backend, select_backend
 from swiftfusion_xdit.comm import Communicator, create_communicator
 from swiftfusion_xdit.inputs import LocalSizes, check_inputs, shape_of
-from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.mesh import Mesh, whole_sequence_mesh
 from swiftfusion_xdit.plan import SCHEDULES, STRATEGIES, AttentionShape, Plan, make_plan
 from swiftfusion_xdit.runtime import LayerRunner
 from swiftfusion_xdit.simulate.timeline import Event
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_PLANS = 16  # distinct shapes whose symmetric memory is kept
+MAX_AGREED = 256  # distinct lengths that need not be agreed upon again
 
 
 class _Disagreement(Exception):
@@ -55,13 +56,16 @@ class SequenceParallel:
         mesh: ``Mesh``, its text form or a mapping; by default the strategy's rule.
         schedule: ``auto``, ``torus``, ``folded`` or ``pipelined``; for strategy ``torus`` only.
         transport: ``auto`` or the name of a transport, see ``comm.create_communicator``.
-        backend: ``auto`` or the name of a local attention kernel, see ``attention``.
+        backend: ``auto``, the name of a local attention kernel, see ``attention``, or a kernel.
+        wire: how rows travel between ranks: ``exact``, or ``fp8``, as 8-bit floats with a scale
+            each. That halves the bytes of bf16, is off by a few percent, and runs on CPUs only.
         device: where the tensors live; by default the CPU, or the current GPU if the group's
             backend is NCCL.
 
     Raises:
         ValueError: an unknown name, a mesh that does not fit the group, machines that do not
             divide it, or options that differ between ranks. Collective, so every rank raises.
+        NotImplementedError: ``wire="fp8"`` on a GPU.
     """
 
     def __init__(
@@ -73,7 +77,8 @@ class SequenceParallel:
         mesh: Mesh | str | Mapping[str, int] | None = None,
         schedule: str = "auto",
         transport: str = "auto",
-        backend: str = "auto",
+        backend: str | Backend = "auto",
+        wire: str = "exact",
         device: torch.device | str | None = None,
     ) -> None:
         if group is None:
@@ -86,28 +91,36 @@ class SequenceParallel:
             assert group is not None
         _require("strategy", strategy, STRATEGIES)
         _require("schedule", schedule, SCHEDULES)
+        _require("wire", wire, envs.WIRES)
         if schedule != "auto" and strategy != "torus":
             raise ValueError(
                 f"schedule={schedule!r} needs strategy='torus', got strategy={strategy!r}"
             )
         self.strategy = strategy
         self.schedule = schedule
+        self.wire = wire
         self.timeout_s = envs.get("TIMEOUT_S")
         self._agreement = Agreement(group, timeout_s=self.timeout_s)
         self.device = torch.device(device or self._agreement.device)
-        self._backend: Backend = select_backend(backend, self.device)
+        if wire != "exact" and self.device.type != "cpu":
+            raise NotImplementedError(f"wire={wire!r} on device type {self.device.type!r}")
+        self.backend: Backend = (
+            backend if isinstance(backend, Backend) else select_backend(backend, self.device)
+        )
         self._forced_mesh = None if mesh is None else Mesh.of(mesh)
         self.topology = self._find_topology(group.size(), machines)
         if self._forced_mesh is not None:
             self._forced_mesh.require(num_ranks=group.size())
         self._agreement.require_equal(
-            "options", f"{strategy} {schedule} {transport} {self._backend.name} {self._forced_mesh}"
+            "options",
+            f"{strategy} {schedule} {transport} {self.backend.name} {self._forced_mesh} {wire}",
         )
         self._comm: Communicator = create_communicator(
             transport, group, self.topology, timeout_s=self.timeout_s, device=self.device
         )
         self._runners: dict[AttentionShape, LayerRunner] = {}
-        self._latest: dict[LocalSizes, tuple[int, LayerRunner]] = {}  # with the plan's number
+        # What was agreed for this rank's sizes: the plan's number and its runner.
+        self._latest: dict[tuple[LocalSizes, Hashable], tuple[int, LayerRunner]] = {}
         self._num_plans = 0
         self._num_calls = 0
         self._plan: Plan | None = None
@@ -129,7 +142,15 @@ class SequenceParallel:
             return Topology.from_hosts(self._agreement.hosts())
         return Topology.split(num_ranks, machines)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        lengths: Hashable = None,
+    ) -> Tensor:
         """softmax(scale q k^T) v, with this rank's queries and every rank's keys.
 
         Args:
@@ -137,6 +158,9 @@ class SequenceParallel:
             k, v: this rank's rows ``[B, s_kv, H_kv, D]``, any strides. H_kv divides H; query head
                 i uses head i // (H / H_kv). s_q and s_kv may differ and may be 0.
             scale: factor of the scores; by default 1 / sqrt(D).
+            lengths: what the lengths of all ranks follow from, the same on every rank. On GPUs it
+                must be given where lengths may change on some ranks only: ranks that launch a
+                layer of other lengths cannot take it back. On CPU ranks notice by themselves.
 
         Returns:
             out ``[B, s_q, H, D]``, contiguous, the caller's own.
@@ -151,13 +175,15 @@ class SequenceParallel:
         if self._forced_mesh is not None:
             self._forced_mesh.require(num_ranks=self._comm.size, num_heads=q.shape[2])
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return _InferenceOnly.apply(self, q, k, v, scale)
-        return self._attention(q, k, v, scale)
+            return _InferenceOnly.apply(self, q, k, v, scale, lengths)
+        return self._attention(q, k, v, scale, lengths)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, lengths: Hashable
+    ) -> Tensor:
         scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
         call = self._num_calls + 1
-        mine = LocalSizes.of(q, k)
+        mine = (LocalSizes.of(q, k), lengths)
         agreed = self._latest.get(mine)
         while True:
             plan_id, runner = agreed or self._agree(call, mine)
@@ -175,6 +201,10 @@ class SequenceParallel:
                 break
             except _Disagreement:
                 agreed = None
+            except Exception:
+                # The layer stopped half way. If the ranks live on, they set up its flags anew.
+                self._latest.clear()
+                raise
         self._plan = runner.plan
         self._num_calls = call
         self._attention_calls += 1
@@ -192,17 +222,19 @@ class SequenceParallel:
                 if their_call == call and their_plan != plan_id:
                     raise _Disagreement
 
-    def _agree(self, call: int, mine: LocalSizes) -> tuple[int, LayerRunner]:
+    def _agree(self, call: int, mine: tuple[LocalSizes, Hashable]) -> tuple[int, LayerRunner]:
         """Collective: learn every rank's lengths and take or make the plan for them."""
         self._comm.post((call, -1))
-        gathered = self._agreement.gather(f"lengths of attention call {call}", mine)
-        shape = shape_of([LocalSizes(*numbers) for numbers in gathered])
+        gathered = self._agreement.gather(f"lengths of attention call {call}", mine[0])
+        shape = shape_of([LocalSizes(*numbers) for numbers in gathered], wire=self.wire)
         # Nobody is inside a layer now; what a layer left behind when it was given up goes.
         for runner in self._runners.values():
             runner.reset_flags()
         if shape not in self._runners:
             self._runners[shape] = self._new_runner(shape)
         self._num_plans += 1
+        while len(self._latest) >= MAX_AGREED:
+            self._latest.pop(next(iter(self._latest)))
         self._latest[mine] = (self._num_plans, self._runners[shape])
         # Past this barrier no board asks for an agreement and all flags are ready for puts.
         self._comm.post((call, self._num_plans))
@@ -231,7 +263,15 @@ class SequenceParallel:
     def _choose_plan(self, shape: AttentionShape) -> Plan:
         """Collective: the planner's choice on GPUs; elsewhere the strategy's rule."""
         mesh, schedule, groups = self._forced_mesh, self.schedule, 0
-        is_open = self.strategy == "torus" and (mesh is None or schedule == "auto")
+        whole_sequence = self.backend.whole_sequence
+        if whole_sequence:
+            mesh = mesh or whole_sequence_mesh(self.topology)
+            schedule = "pipelined" if schedule == "auto" else schedule
+        is_open = (
+            self.strategy == "torus"
+            and (mesh is None or schedule == "auto")
+            and not whole_sequence  # what such a kernel costs is not known
+        )
         if is_open and self.device.type == "cuda" and self.topology.is_even:
             from swiftfusion_xdit.autoplan import AutoPlanner
 
@@ -241,7 +281,7 @@ class SequenceParallel:
                 shape,
                 mesh=mesh,
                 schedule=schedule,
-                has_lse=self._backend.has_lse,
+                has_lse=self.backend.has_lse,
                 two_sided=not self._comm.addressable,
             )
             mesh, schedule, groups = choice.mesh, choice.schedule, choice.groups_per_rank
@@ -253,26 +293,32 @@ class SequenceParallel:
             strategy=self.strategy,
             mesh=mesh,
             schedule=schedule,
-            has_lse=self._backend.has_lse,
+            has_lse=self.backend.has_lse,
+            whole_sequence=whole_sequence,
             num_units=self._num_units(),
             groups_per_rank=groups,
         )
 
     def _make_runner(self, plan: Plan) -> LayerRunner:
         if not self._comm.addressable:
-            return LayerRunner(plan, self._comm, self._backend)
+            return LayerRunner(plan, self._comm, self.backend)
         from swiftfusion_xdit import device_runtime, native
 
         if self._streams is None:
             self._streams = device_runtime.SideStreams(self.device)
         return device_runtime.DeviceRunner(
-            plan, self._comm, self._backend, native=native.load(), streams=self._streams
+            plan, self._comm, self.backend, native=native.load(), streams=self._streams
         )
 
     def _num_units(self) -> int:
         if self.device.type != "cuda":
             return 0
         return torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the last call; None before the first."""
+        return self._plan
 
     @property
     def mesh(self) -> Mesh | None:
@@ -337,8 +383,10 @@ class _InferenceOnly(torch.autograd.Function):
     """Lets the forward pass run where gradients are on; asking for one is an error."""
 
     @staticmethod
-    def forward(ctx: Any, sp: SequenceParallel, q: Tensor, k: Tensor, v: Tensor, scale: Any) -> Any:
-        return sp._attention(q, k, v, scale)
+    def forward(
+        ctx: Any, sp: SequenceParallel, q: Tensor, k: Tensor, v: Tensor, scale: Any, lengths: Any
+    ) -> Any:
+        return sp._attention(q, k, v, scale, lengths)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

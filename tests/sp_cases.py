@@ -32,6 +32,7 @@ class Case:
     layout: str = "BSHD"
     scale: float | None = None
     seed: int = 0
+    wire: str = "exact"
 
     def full_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of the whole sequence, [B, S, H, D], rounded to the case's dtype."""
@@ -49,7 +50,11 @@ class Case:
 
     def open(self) -> SequenceParallel:
         return SequenceParallel(
-            strategy=self.strategy, machines=self.machines, mesh=self.mesh, schedule=self.schedule
+            strategy=self.strategy,
+            machines=self.machines,
+            mesh=self.mesh,
+            schedule=self.schedule,
+            wire=self.wire,
         )
 
     def error(self, sp: SequenceParallel, rank: int) -> float:

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "envs": set(),
     "region": set(),
     "topology": set(),
+    "wire": set(),
     "native": {"envs"},
     "mesh": {"topology"},
     "schedule": {"mesh", "topology"},
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "agreement": {"mesh", "topology", "envs"},
     "attention": {"native", "envs"},
     "comm": {"region", "topology", "envs"},
-    "plan": {"schedule", "simulate", "mesh", "topology", "region", "envs"},
+    "plan": {"schedule", "simulate", "mesh", "topology", "region", "envs", "wire"},
 }
 ALLOWED["clusters"] = {"simulate", *ALLOWED["simulate"]}
 ALLOWED["detect"] = {"clusters", *ALLOWED["clusters"]}

@@ -32,6 +32,7 @@ def plans(draw: st.DrawFn) -> Plan:
         num_kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([1, 8])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        wire=draw(st.sampled_from(["exact", "fp8"])),
     )
     return Plan(shape, build(name, mesh, groups_per_rank=groups))
 

@@ -19,9 +19,10 @@ from .fa2 import Fa2Backend
 from .fa3 import Fa3Backend
 from .fa4 import Fa4Backend
 from .gpu import capability_of
+from .masked import MaskedBackend
 from .sdpa_flash import SdpaFlashBackend
 
-__all__ = ["Backend", "attend", "select_backend"]
+__all__ = ["Backend", "MaskedBackend", "attend", "select_backend"]
 
 logger = logging.getLogger(__name__)
 

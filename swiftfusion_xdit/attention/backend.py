@@ -21,6 +21,9 @@ class Backend(ABC):
     has_lse: ClassVar[bool]
     # Whether the kernel stores into a given `out` itself; if not, a copy follows it.
     writes_out: ClassVar[bool] = False
+    # Whether every call must see all rows of the sequence, queries and keys, in order. Implies that
+    # outputs are never merged.
+    whole_sequence: ClassVar[bool] = False
 
     # Head dims that the kernel takes: multiples of the first, up to the second.
     head_dim_multiple: int = 1

@@ -101,7 +101,7 @@ class LayerBench:
                 device=self.device,
             )
             if case.kind == "comm":
-                sp._backend = NoAttention(sp._backend)
+                sp.backend = NoAttention(sp.backend)
             self._torus[case] = self._resources.enter_context(sp)
         return self._torus[case]
 

@@ -1,7 +1,8 @@
 """Head groups in turn: group g's exchange runs under group g - 1's attention.
 
 Every group attends whole sequences in one call, so nothing is merged and any attention kernel
-serves, also one that has no log-sum-exp.
+serves, also one that has no log-sum-exp. Rows lie in rank order, so without a ring a kernel sees
+the sequence as one process would, as masks and sparse patterns need it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from swiftfusion_xdit.schedule.torus import (
 def pipelined(mesh: Mesh, rank: int, *, groups_per_rank: int = 2) -> Program:
     """One rank's program that works through ``groups_per_rank`` groups of its heads."""
     chunks = MachineChunks(mesh, rank)
-    queries, keys = chunks.all_queries(), chunks.all_keys()
+    queries, keys = sorted(chunks.all_queries()), sorted(chunks.all_keys())
     b = ProgramBuilder(
         mesh, rank, query_order=queries, key_order=keys, groups_per_rank=groups_per_rank
     )
