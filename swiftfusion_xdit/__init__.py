@@ -24,8 +24,8 @@ def enable(strategy: str | None = None, **options: Any) -> None:
 
     Args:
         strategy: ``usp``, ``tas`` or ``torus``; None leaves the choice to flags and environment.
-        options: ``transport``, ``machines``, ``mesh``, ``schedule``, ``fallback``, with the values
-            that ``--sp-transport`` and so on take.
+        options: ``transport``, ``machines``, ``mesh``, ``schedule``, ``fallback``, ``wire``, with
+            the values that ``--sp-transport`` and so on take.
 
     Raises:
         ValueError: an unknown option or a value that it cannot have.

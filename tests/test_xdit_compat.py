@@ -41,7 +41,7 @@ def test_the_installed_xfuser_is_known() -> None:
     # The hooked class has the fields that the check guards against.
     assert compat.check_args(args) == [
         f"xFuserArgs has a field sp_{name}"
-        for name in ("strategy", "transport", "machines", "mesh", "schedule", "fallback")
+        for name in ("strategy", "transport", "machines", "mesh", "schedule", "fallback", "wire")
     ]
 
 

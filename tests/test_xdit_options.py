@@ -40,7 +40,7 @@ def resolve(args: Any) -> Options:
 @pytest.mark.parametrize("parser_name", PARSERS)
 def test_defaults(parser_name: str) -> None:
     assert resolve(parse(parser_name)) == Options()
-    assert Options() == Options("usp", "auto", None, None, "auto", "error")
+    assert Options() == Options("usp", "auto", None, None, "auto", "error", "exact")
 
 
 @pytest.mark.parametrize("parser_name", PARSERS)
@@ -53,9 +53,10 @@ def test_dashes_and_underscores(parser_name: str, dash: str) -> None:
         "--sp-mesh": "torus=2,ring=3",
         "--sp-schedule": "pipelined",
         "--sp-fallback": "usp",
+        "--sp-wire": "fp8",
     }
     words = [f"--{flag[2:].replace('-', dash)}={value}" for flag, value in given.items()]
-    expected = Options("torus", "shm", 2, Mesh(torus=2, ring=3), "pipelined", "usp")
+    expected = Options("torus", "shm", 2, Mesh(torus=2, ring=3), "pipelined", "usp", "fp8")
     assert resolve(parse(parser_name, *words)) == expected
 
 
@@ -86,6 +87,7 @@ def test_flag_auto_beats_machines_in_the_environment(monkeypatch: pytest.MonkeyP
         ("--sp-mesh", "2x2", "must look like torus=T,ulysses=U,ring=R"),
         ("--sp-schedule", "best", "must be one of auto, torus, folded, pipelined"),
         ("--sp-fallback", "none", "must be one of error, usp"),
+        ("--sp-wire", "fp4", "must be one of exact, fp8"),
     ],
 )
 def test_bad_flag_exits_with_2(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tests import xdit_calls, xdit_cases
 from tests.distributed import RankPool
@@ -14,19 +15,32 @@ from tests.distributed import RankPool
 REFUSED: dict[str, dict[str, Any]] = {
     "dropout_p=0.5": {"dropout_p": 0.5},
     "is_causal=True": {"is_causal": True},
-    "attention_kwargs['attn_mask']": {"attention_kwargs": {"attn_mask": 1}},
-    "attention_kwargs['valid_kv_len']": {"attention_kwargs": {"valid_kv_len": 30}},
-    "attention_kwargs['indices_k']": {"attention_kwargs": {"indices_k": 1}},
+    "attention_kwargs['attn_mask'] of shape (2, 6, 32, 32)": {
+        "attention_kwargs": {"attn_mask": torch.ones(2, 6, 32, 32, dtype=torch.bool)}
+    },
+    "attention_kwargs['attn_mask'] of shape (32, 32)": {
+        "attention_kwargs": {"attn_mask": torch.ones(32, 32, dtype=torch.bool)}
+    },
+    "attention_kwargs['never_heard_of']": {"attention_kwargs": {"never_heard_of": 1}},
     "attention_kwargs['ulysses_extra_inputs']": {
         "attention_kwargs": {"ulysses_extra_inputs": ("gate",)}
     },
-    "attention_kwargs['never_heard_of']": {"attention_kwargs": {"never_heard_of": 1}},
+}
+JOINT = {"joint": 5, "joint_strategy": "rear"}
+REFUSED |= {
+    f"attention_kwargs[{name!r}] with joint_strategy='rear'": {
+        **JOINT,
+        "attention_kwargs": {name: value},
+    }
+    for name, value in {
+        "attn_mask": torch.ones(1, 1, 1, 32, dtype=torch.bool),
+        "indices_k": torch.arange(64),
+        "valid_kv_len": 30,
+    }.items()
 }
 
 
 def messages(rank: int, world_size: int) -> dict[str, str]:
-    from xfuser.core.cache_manager.cache_manager import get_cache_manager
-    from xfuser.core.distributed import get_runtime_state
     from xfuser.core.distributed.attention_backend import AttentionBackendType
 
     found = {}
@@ -41,20 +55,12 @@ def messages(rank: int, world_size: int) -> dict[str, str]:
         for name, case in REFUSED.items():
             refuse(name, **case)
         refuse("attention backend FLASH_4 on cpu", backend=AttentionBackendType.FLASH_4)
-        state, layer = get_runtime_state(), object()
-        get_cache_manager().cache["attn", layer] = None
-        state.num_pipeline_patch = 2
-        refuse("attn_layer with a KV cache", attn_layer=layer)
-        state.num_pipeline_patch = 1
-        state.fp8_comms = object()
-        refuse("fp8 communication", attn_layer=layer)
-        del get_cache_manager().cache["attn", layer]
     return found
 
 
 def test_error_names_the_argument_and_the_way_out(rank_pool: Callable[[int], RankPool]) -> None:
     for found in rank_pool(4).run(messages, timeout_s=120):
-        assert len(found) == len(REFUSED) + 3
+        assert len(found) == len(REFUSED) + 1
         for name, message in found.items():
             assert name in message
             assert "--sp-strategy torus" in message
@@ -76,9 +82,8 @@ def fall_back(rank: int, world_size: int) -> tuple[float, float, list[str]]:
     logger.addHandler(heard)
     try:
         with xdit_cases.xdit_groups():
-            # One machine's Ulysses: stock USP then trims the padded keys after its gather.
             xdit_calls.start(sp_fallback="usp", ulysses_degree=2, ring_degree=1)
-            kwargs = {"attention_kwargs": {"valid_kv_len": 16}}
+            kwargs = {"attention_kwargs": {"never_heard_of": 1}}
             s_q = (8, 8)
             fallen = [xdit_calls.call(rank % 2, s_q=s_q, **kwargs) for _ in range(2)]
             return max(fallen), xdit_calls.call(rank % 2, s_q=s_q), heard.messages
@@ -91,7 +96,7 @@ def test_fallback_warns_once_and_takes_xdits_path(rank_pool: Callable[[int], Ran
         assert fallen <= 2e-6
         assert own <= 2e-6
         assert len(warnings) == 1
-        assert "attention_kwargs['valid_kv_len']" in warnings[0]
+        assert "attention_kwargs['never_heard_of']" in warnings[0]
 
 
 BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {

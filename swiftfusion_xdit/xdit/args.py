@@ -39,6 +39,11 @@ FLAGS: dict[str, tuple[str, str]] = {
         "What a call does that the strategy does not support: raise (error), or warn once and take "
         "xDiT's own path (usp). Default error.",
     ),
+    "wire": (
+        "{" + ",".join(envs.WIRES) + "}",
+        "How rows of torus travel between ranks: as they are (exact), or as 8-bit floats with a "
+        "scale each (fp8; on CPU ranks only). --use_fp8_comms asks for fp8 too. Default exact.",
+    ),
 }
 
 
@@ -89,6 +94,7 @@ def extend(
         sp_mesh: str | None = None
         sp_schedule: str | None = None
         sp_fallback: str | None = None
+        sp_wire: str | None = None
 
         def __post_init__(self) -> None:
             super().__post_init__()

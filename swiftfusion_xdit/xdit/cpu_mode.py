@@ -156,9 +156,15 @@ def flash_attention_with_lse(
     is_causal: bool,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """xDiT's SDPA_FLASH on CPU: ``[b, h, s, d]`` to out and natural-log LSE ``[b, h, s]``."""
+    """xDiT's SDPA_FLASH on CPU: ``[b, h, s, d]`` to out and natural-log LSE ``[b, h, s]``.
+
+    Where it stands in for SDPA it must honour what that does: ``attn_mask``, boolean or added.
+    """
+    mask = (attention_kwargs or {}).get("attn_mask")
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p=dropout_p, is_causal=is_causal
+        query, key, value, dropout_p=dropout_p, is_causal=is_causal, attn_mask=mask
     )
     return out, lse
 

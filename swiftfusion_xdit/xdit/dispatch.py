@@ -14,30 +14,13 @@ import torch
 from torch import Tensor
 
 from swiftfusion_xdit.xdit import compat
-from swiftfusion_xdit.xdit.key_rows import share
+from swiftfusion_xdit.xdit.attend import attend_opaque, attention_op
+from swiftfusion_xdit.xdit.key_rows import share, valid_rows
 from swiftfusion_xdit.xdit.patches import Patches
-from swiftfusion_xdit.xdit.session import Session, attention_op
+from swiftfusion_xdit.xdit.session import OPAQUE, Session
+from swiftfusion_xdit.xdit.support import is_sparse, unsupported
 
 logger = logging.getLogger(__name__)
-
-# Entries of attention_kwargs that only block-sparse backends read: a dense backend, xDiT's or
-# ours, computes the same without them.
-SPARSE_ONLY_PREFIXES = ("spargeattn_", "use_spargeattn_", "vsa_", "use_vsa_", "ssta_")
-SPARSE_ONLY_NAMES = frozenset(
-    {
-        "attn_mask_share_within_head",
-        "attn_pad_type",
-        "attn_sparse_type",
-        "attn_use_text_mask",
-        "encoder_sequence_length",
-        "sp_size",
-        "sparse_text_to_image",
-        "text_mask",
-        "thw",
-        "tile_size",
-        "win_size",
-    }
-)
 
 _session: Session | None = None
 _original: FunctionType | None = None
@@ -111,7 +94,7 @@ def dispatch(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Ten
     Raises:
         NotImplementedError: an argument that the strategy does not support, with
             ``--sp-fallback error``.
-        ValueError: joint_strategy or kv_head_repeat do not fit the tensors.
+        ValueError: joint_strategy, kv_head_repeat, a mask or a length do not fit the tensors.
     """
     session = _session
     assert session is not None and _original is not None
@@ -127,41 +110,46 @@ def dispatch(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Ten
     _check_kv_heads(query, key, arguments["kv_head_repeat"])
     kernel = session.kernel_for(arguments["backend"], query.device.type)
     assert kernel is not None
-    key_rows = session.key_rows
-    if key_rows is not None and key_rows.num_rows == key.shape[2]:
-        key, value = key_rows.select(key), key_rows.select(value)
+    kwargs = arguments["attention_kwargs"] or {}
+    # With one patch the cache that xDiT keeps for PipeFusion is what went in just now.
+    if session.state.num_pipeline_patch > 1 and session.has_patch_cache(arguments["attn_layer"]):
+        key, value = session.patch_cache.update(arguments["attn_layer"], key, value, session.state)
+    lengths: list[int] = []
+    if not is_sparse(kernel):
+        key, value = _keys_that_count(session, key, value, kwargs, lengths)
     if arguments["joint_strategy"]:
         query, key, value = join(session, query, key, value, arguments)
-    return attention_op(query, key, value, kernel)
+        lengths.append(arguments["joint_key"].shape[2])
+    if kernel.startswith(OPAQUE):
+        return attend_opaque(session, query, key, value, kernel, kwargs, lengths)
+    mask, indices = kwargs.get("attn_mask"), kwargs.get("indices_k")
+    return attention_op(query, key, value, kernel, lengths, mask, indices)
 
 
-def unsupported(session: Session, query: Tensor, arguments: dict[str, Any]) -> str | None:
-    """Which argument of a USP call cannot be honoured, or None."""
-    if arguments["dropout_p"]:
-        return f"dropout_p={arguments['dropout_p']}"
-    if arguments["is_causal"]:
-        return "is_causal=True"
-    for name, content in (arguments["attention_kwargs"] or {}).items():
-        if content is not None and not _is_sparse_only(name):
-            return f"attention_kwargs[{name!r}]"
-    if session.kernel_for(arguments["backend"], query.device.type) is None:
-        named = arguments["backend"] or session.state.attention_backend
-        return f"attention backend {named.name} on {query.device.type}"
-    # With one patch the cache that xDiT keeps for PipeFusion is what went in just now.
-    attn_layer, num_patches = arguments["attn_layer"], session.state.num_pipeline_patch
-    if (
-        num_patches > 1
-        and attn_layer is not None
-        and session.cache_manager().has_cache_entry(attn_layer)
-    ):
-        return f"attn_layer with a KV cache (PipeFusion, num_pipeline_patch={num_patches})"
-    if session.state.fp8_comms is not None:
-        return "fp8 communication (--use_fp8_comms)"
-    return None
+def _keys_that_count(
+    session: Session, key: Tensor, value: Tensor, kwargs: dict[str, Any], lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Without the rows that a correction or ``valid_kv_len`` takes out.
 
-
-def _is_sparse_only(name: str) -> bool:
-    return name in SPARSE_ONLY_NAMES or name.startswith(SPARSE_ONLY_PREFIXES)
+    What the lengths of all ranks follow from is added to ``lengths``.
+    """
+    rows = session.key_rows
+    if rows is not None and rows.num_rows == key.shape[2]:
+        lengths += rows.total
+        return rows.select(key), rows.select(value)
+    valid = kwargs.get("valid_kv_len")
+    # With both, xDiT leaves the choice to the backend, and the indices say more.
+    if valid is None or kwargs.get("indices_k") is not None:
+        return key, value
+    chunk_rows = key.shape[2]
+    if not 0 < valid <= chunk_rows * session.size:
+        raise ValueError(
+            f"valid_kv_len must be in [1, {chunk_rows} rows * {session.size} ranks = "
+            f"{chunk_rows * session.size}], got {valid}"
+        )
+    lengths.append(valid)
+    _, stop = valid_rows(valid, session.rank, chunk_rows)
+    return key[:, :, :stop], value[:, :, :stop]
 
 
 def _check_kv_heads(query: Tensor, key: Tensor, kv_head_repeat: int) -> None:

@@ -12,16 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Ranges = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class KeyRows:
-    """Of keys with ``num_rows`` local rows those in ``kept``, ``(start, stop)`` in order."""
+    """Of keys with ``num_rows`` local rows those in ``kept``, ``(start, stop)`` in order.
+
+    ``total`` are numbers that every rank has alike and that the kept rows of all ranks follow from.
+    """
 
     num_rows: int
-    kept: tuple[tuple[int, int], ...]
+    kept: Ranges
+    total: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, num_rows: int, kept: Sequence[tuple[int, int]]) -> KeyRows:
+    def of(
+        cls, num_rows: int, kept: Sequence[tuple[int, int]], *, total: Sequence[int] = ()
+    ) -> KeyRows:
         """Without empty ranges, and with neighbours joined.
 
         Raises:
@@ -39,7 +47,7 @@ class KeyRows:
                 joined[-1] = (joined[-1][0], stop)
             elif start < stop:
                 joined.append((start, stop))
-        return cls(num_rows, tuple(joined))
+        return cls(num_rows, tuple(joined), tuple(total))
 
     def select(self, rows: Tensor) -> Tensor:
         """The kept rows of ``[b, h, s, d]``: a view where they are one range."""
@@ -67,3 +75,9 @@ def valid_rows(num_rows: int, chunk: int, chunk_rows: int) -> tuple[int, int]:
         chunk: which chunk; all have ``chunk_rows`` rows.
     """
     return 0, min(max(num_rows - chunk * chunk_rows, 0), chunk_rows)
+
+
+def within(ranges: Ranges, start: int, stop: int) -> Ranges:
+    """The parts of ``ranges`` that lie in ``start .. stop``, counted from ``start``."""
+    cut = ((max(a, start) - start, min(b, stop) - start) for a, b in ranges)
+    return tuple((a, b) for a, b in cut if a < b)

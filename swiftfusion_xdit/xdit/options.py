@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from swiftfusion_xdit import envs
@@ -26,6 +26,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "mesh": parse_mesh,
     "schedule": envs.one_of(*envs.SCHEDULES),
     "fallback": envs.one_of(*envs.FALLBACKS),
+    "wire": envs.one_of(*envs.WIRES),
 }
 
 
@@ -43,6 +44,7 @@ class Options:
     mesh: Mesh | None = None
     schedule: str = "auto"
     fallback: str = "error"
+    wire: str = "exact"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -53,6 +55,10 @@ class Options:
     def flag(self) -> str:
         """The strategy as the user would type it, for messages."""
         return f"--sp-strategy {self.strategy}"
+
+    def with_fp8_comms(self, state: Any) -> Options:
+        """With fp8 on the wire, where a runtime state of xDiT was made with --use_fp8_comms."""
+        return self if state.fp8_comms is None else replace(self, wire="fp8")
 
     def check_degrees(self, *, sp_degree: int, tp_degree: int, world_size: int) -> None:
         """Check against xDiT's degrees.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from swiftfusion_xdit import envs
+from swiftfusion_xdit.attention import Backend, MaskedBackend
 from swiftfusion_xdit.xdit import groups
 from swiftfusion_xdit.xdit import report as reports
+from swiftfusion_xdit.xdit.kernels import GatherBackend, XditBackend
+from swiftfusion_xdit.xdit.key_masks import KeyMasks
 from swiftfusion_xdit.xdit.key_rows import KeyRows, valid_rows
 from swiftfusion_xdit.xdit.options import Options
+from swiftfusion_xdit.xdit.patch_cache import PatchCache
 from swiftfusion_xdit.xdit.patches import Patches
 from swiftfusion_xdit.xdit.report import Report
 
@@ -31,6 +32,11 @@ GPU_KERNELS = {
     "FLASH_4": "fa4",
 }
 CPU_BACKENDS = frozenset({"SDPA", "SDPA_MATH", "SDPA_EFFICIENT", "SDPA_FLASH"})
+# Kernels that are no local kernel of this package's own: xDiT's function of a backend by name,
+# attention under a mask, and one that only collects its rows.
+OPAQUE = "xdit:"
+MASKED = "masked"
+GATHER = "gather"
 
 
 class Session:
@@ -50,23 +56,36 @@ class Session:
         self.size: int = group.world_size
         self.warned: set[str] = set()
         self.key_rows: KeyRows | None = None
+        self.key_masks = KeyMasks()
+        self.patch_cache = PatchCache()
         self._open: dict[str, Any] = {}
         self._kernels: dict[tuple[str, str], str | None] = {}
 
     def kernel_for(self, backend: Any, device_type: str) -> str | None:
         """Our kernel for xDiT's backend (None: the runtime state's), or None if there is none."""
         name = (backend if backend is not None else self.state.attention_backend).name
-        if device_type == "cpu":
-            return "cpu" if name in CPU_BACKENDS else None
-        return GPU_KERNELS.get(name)
+        if device_type == "cpu" and name in CPU_BACKENDS:
+            return "cpu"
+        if name in GPU_KERNELS:
+            return GPU_KERNELS[name] if device_type != "cpu" else None
+        return f"{OPAQUE}{name}" if self._xdit_function(name) is not None else None
 
-    def only_keys(self, num_rows: int, kept: Sequence[tuple[int, int]]) -> OnlyKeys:
+    def _xdit_function(self, name: str) -> Callable[..., Any] | None:
+        """xDiT's own attention function of a backend."""
+        module = sys.modules["xfuser.core.distributed.attention_backend"]
+        backend = getattr(module.AttentionBackendType, name, None)
+        return module.ATTENTION_FUNCTION_REGISTRY.get(backend)
+
+    def only_keys(
+        self, num_rows: int, kept: Sequence[tuple[int, int]], *, total: Sequence[int] = ()
+    ) -> OnlyKeys:
         """Inside, calls with ``num_rows`` local key rows use those in ``kept`` as keys.
 
         Args:
             kept: ranges ``(start, stop)`` of local rows, in order.
+            total: numbers that every rank has alike and that the kept rows of all follow from.
         """
-        return OnlyKeys(self, KeyRows.of(num_rows, kept))
+        return OnlyKeys(self, KeyRows.of(num_rows, kept, total=total))
 
     def padded(self, num_rows: int) -> OnlyKeys:
         """Inside, a sequence of ``num_rows`` rows is padded at its end and cut into equal chunks.
@@ -74,35 +93,45 @@ class Session:
         The padding stays in the queries, whose output the caller cuts off, and is no key.
         """
         chunk_rows = -(-num_rows // self.size)
-        return self.only_keys(chunk_rows, [valid_rows(num_rows, self.rank, chunk_rows)])
+        kept = [valid_rows(num_rows, self.rank, chunk_rows)]
+        return self.only_keys(chunk_rows, kept, total=[num_rows])
 
-    def cache_manager(self) -> Any:
-        return sys.modules["xfuser.core.cache_manager.cache_manager"].get_cache_manager()
+    def has_patch_cache(self, attn_layer: Any) -> bool:
+        """Whether PipeFusion keeps keys and values of this attention layer."""
+        manager = sys.modules["xfuser.core.cache_manager.cache_manager"].get_cache_manager()
+        return attn_layer is not None and manager.has_cache_entry(attn_layer)
 
     def sequence_parallel(self, kernel: str) -> Any:
         """The SequenceParallel that attends with ``kernel``; made on first use, collectively."""
         if kernel not in self._open:
             from swiftfusion_xdit.sequence_parallel import SequenceParallel
 
+            backend = self._backend(kernel)
+            # A kernel that sees whole sequences leaves no choice of mesh and schedule.
+            is_free = not isinstance(backend, Backend)
             self._open[kernel] = SequenceParallel(
                 self.group.device_group,
                 strategy=self.options.strategy,
                 machines=groups.sp_topology(self.group, self.options),
-                mesh=self.options.mesh,
-                schedule=self.options.schedule,
+                mesh=self.options.mesh if is_free else None,
+                schedule=self.options.schedule if is_free else "auto",
+                wire=self.options.wire,
                 transport=self.options.transport,
-                backend=kernel,
+                backend=backend,
             )
         return self._open[kernel]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
-        """``[b, h, s, d]`` to ``[b, h, s, d]``, both as views of what the runtime takes."""
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        sequence_parallel = self.sequence_parallel(kernel)
-        if self.report is None:
-            return sequence_parallel.attention(q, k, v).transpose(1, 2)
-        with self.report.torus_call(sequence_parallel):
-            return sequence_parallel.attention(q, k, v).transpose(1, 2)
+    def _backend(self, kernel: str) -> str | Backend:
+        device = self.group.device
+        if kernel == MASKED:
+            return MaskedBackend(device)
+        if kernel == GATHER:
+            return GatherBackend(device)
+        if kernel.startswith(OPAQUE):
+            function = self._xdit_function(kernel[len(OPAQUE) :])
+            assert function is not None, kernel
+            return XditBackend(kernel[len(OPAQUE) :], function, device)
+        return kernel
 
     def close(self) -> None:
         """Give back what is open. Not collective: a rank may do so while its peers are dead."""
@@ -132,19 +161,6 @@ _current: Session | None = None
 _patches = Patches()
 
 
-@torch.library.custom_op("swiftfusion::attention", mutates_args=())
-def attention_op(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
-    """Distributed attention as one node of a graph: ``[b, h, s, d]`` of this rank's rows."""
-    assert _current is not None, "no runtime state of xDiT runs torus"
-    return _current.attend(query, key, value, kernel)
-
-
-@attention_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
-    b, h, s, d = query.shape
-    return query.new_empty(b, s, h, d).transpose(1, 2)
-
-
 def current() -> Session | None:
     return _current
 
@@ -155,6 +171,7 @@ def start(state: Any, options: Options) -> None:
     Collective over the SP group under ``torus``.
     """
     global _current
+    options = options.with_fp8_comms(state)
     parallel_state = sys.modules["xfuser.core.distributed.parallel_state"]
     has_groups = parallel_state.model_parallel_is_initialized()
     group = parallel_state.get_sp_group() if has_groups else None
