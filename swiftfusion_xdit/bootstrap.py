@@ -26,7 +26,20 @@ HOOKED_MODULES = (
     "xfuser.config.args",
     "xfuser.core.distributed.runtime_state",
     "xfuser.model_executor.layers.usp",
+    "xfuser.model_executor.layers.attention_processor",
     "xfuser.model_executor.models.transformers.transformer_wan",
+    "xfuser.model_executor.models.transformers.transformer_flux",
+    "xfuser.model_executor.models.transformers.transformer_flux2",
+    "xfuser.model_executor.models.transformers.transformer_ideogram4",
+    "xfuser.model_executor.models.transformers.transformer_krea2",
+    "xfuser.model_executor.models.transformers.transformer_lumina2",
+    "xfuser.model_executor.models.transformers.transformer_qwen",
+    "xfuser.model_executor.models.transformers.transformer_z_image",
+    "xfuser.model_executor.models.transformers.transformer_hunyuan_video",
+    "xfuser.model_executor.models.transformers.transformer_hunyuan_video15",
+    "xfuser.model_executor.models.transformers.transformer_wan_vace",
+    "xfuser.model_executor.models.transformers.transformer_cosmos3",
+    "xfuser.model_executor.models.transformers.transformer_ltx2",
 )
 
 

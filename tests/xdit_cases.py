@@ -6,7 +6,7 @@ Functions that ranks run (see tests.distributed) live here; each leaves no group
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,19 +68,50 @@ def relative_difference(out: Tensor, expected: Tensor) -> float:
     return float((out.double() - expected.double()).norm() / expected.double().norm())
 
 
+def largest_difference(outs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Of several outputs of one pass."""
+    pairs = zip(outs, expected, strict=True)
+    return max(relative_difference(out, reference) for out, reference in pairs)
+
+
 def run_transformer(
     wrapper_class: Any, config: dict[str, Any], inputs: dict[str, Any], **arguments: Any
 ) -> float:
     """How far one pass of xDiT's wrapper of a transformer is from the class that it wraps."""
     plain_class = wrapper_class.__mro__[1]
     plain = randomize(plain_class(**config), 0)
-    expected = plain(**inputs, return_dict=False)[0]
+    expected = sample_of(plain(**inputs, return_dict=False))
     start(Holder(plain), **arguments)
-    describe_text(inputs["encoder_hidden_states"].shape[1])
-    # Some install their attention processors in from_config alone.
-    wrapper = wrapper_class.from_config(config).eval()
+    if "encoder_hidden_states" in inputs:
+        describe_text(inputs["encoder_hidden_states"].shape[1])
+    # Some finish in a from_config of their own; the others' knows no config but the default one.
+    has_own = "from_config" in vars(wrapper_class)
+    wrapper = wrapper_class.from_config(config) if has_own else wrapper_class(**config)
+    wrapper.eval()
     wrapper.load_state_dict(plain.state_dict())
-    return relative_difference(wrapper(**inputs, return_dict=False)[0], expected)
+    if hasattr(wrapper, "_init_sp_state"):  # as xDiT's runner does
+        wrapper._init_sp_state()
+    return relative_difference(sample_of(wrapper(**inputs, return_dict=False)), expected)
+
+
+def run_around(
+    wrapper_class: Any,
+    plain_class: Any,
+    config: dict[str, Any],
+    inputs: dict[str, Any],
+    **arguments: Any,
+) -> float:
+    """Like :func:`run_transformer`, for a wrapper that holds an object of the plain class."""
+    plain = randomize(plain_class(**config), 0)
+    expected = sample_of(plain(**inputs, return_dict=False))
+    start(Holder(plain), **arguments)
+    wrapper = wrapper_class(plain)
+    return relative_difference(sample_of(wrapper(**inputs, return_dict=False)), expected)
+
+
+def sample_of(output: tuple[Any, ...]) -> Tensor:
+    """The sample of a transformer's output; some give a list of samples."""
+    return output[0] if isinstance(output[0], Tensor) else torch.stack(output[0])
 
 
 def describe_text(num_tokens: int) -> None:

@@ -19,8 +19,26 @@ from tests.xdit_cases import xdit_groups
 
 # With 4 ranks: what "even" means is that rows divide by the ranks and text is split, or passed as
 # joint tensors, without padding.
-FEATURES = ("even", "uneven image", "uneven text")
-NAMES = ("flux", "wan", "hunyuan_video", "qwen_image", "sd3", "cogvideox")
+FEATURES = ("even", "uneven image", "uneven text", "masked text")
+NAMES = (
+    "flux",
+    "flux2",
+    "qwen_image",
+    "z_image",
+    "lumina2",
+    "krea2",
+    "ideogram4",
+    "wan",
+    "wan_i2v",
+    "wan_ti2v",
+    "wan_vace",
+    "hunyuan_video",
+    "hunyuan_video15",
+    "ltx2",
+    "cosmos3",
+    "sd3",
+    "cogvideox",
+)
 
 
 def load(name: str) -> Any:

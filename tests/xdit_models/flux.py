@@ -9,7 +9,7 @@ import torch
 from tests.xdit_cases import HEAD_DIM, NUM_HEADS, noise, run_transformer
 
 TITLE = "FLUX.1"
-FEATURES = ("even",)
+FEATURES = ("even", "uneven image", "uneven text")
 
 
 def run(feature: str, **arguments: Any) -> float:
@@ -31,7 +31,8 @@ def build(feature: str) -> tuple[type, dict[str, Any], dict[str, Any]]:
         "pooled_projection_dim": 32,
         "axes_dims_rope": (4, 6, 6),
     }
-    side, text = 8, 16
+    side = 7 if feature == "uneven image" else 8
+    text = 15 if feature == "uneven text" else 16
     image_ids = torch.zeros(side, side, 3)
     image_ids[..., 1] += torch.arange(side)[:, None]
     image_ids[..., 2] += torch.arange(side)[None, :]

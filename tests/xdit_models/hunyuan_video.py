@@ -9,7 +9,7 @@ import torch
 from tests.xdit_cases import HEAD_DIM, NUM_HEADS, noise, run_transformer
 
 TITLE = "HunyuanVideo"
-FEATURES = ("uneven text",)
+FEATURES = ("even", "uneven image", "uneven text")
 
 
 def run(feature: str, **arguments: Any) -> float:
@@ -36,12 +36,17 @@ def build(feature: str) -> tuple[type, dict[str, Any], dict[str, Any]]:
         "rope_axes_dim": (4, 6, 6),
         "guidance_embeds": True,
     }
+    side = 6 if feature == "uneven image" else 8
+    # Text that does not divide xDiT passes as joint tensors. The last row is padding.
+    text = 15 if feature == "uneven text" else 16
+    mask = torch.ones(1, text + 1, dtype=torch.long)
+    mask[:, -1] = 0
     inputs = {
-        "hidden_states": noise(1, 4, 3, 8, 8),
+        # 3 frames of 4 x 4 patches, or of 3 x 3: 48 rows, or 27.
+        "hidden_states": noise(1, 4, 3, side, side),
         "timestep": torch.tensor([500]),
-        # 15 does not divide: xDiT then passes the text as joint tensors.
-        "encoder_hidden_states": noise(1, 15, 32, seed=2),
-        "encoder_attention_mask": torch.ones(1, 15, dtype=torch.long),
+        "encoder_hidden_states": noise(1, text + 1, 32, seed=2),
+        "encoder_attention_mask": mask,
         "pooled_projections": noise(1, 32, seed=3),
         "guidance": torch.tensor([6000.0]),
     }

@@ -9,7 +9,7 @@ import torch
 from tests.xdit_cases import HEAD_DIM, NUM_HEADS, noise, run_transformer
 
 TITLE = "QwenImage"
-FEATURES = ("even",)
+FEATURES = ("even", "uneven image", "uneven text", "masked text")
 
 
 def run(feature: str, **arguments: Any) -> float:
@@ -21,6 +21,12 @@ def build(feature: str) -> tuple[type, dict[str, Any], dict[str, Any]]:
         xFuserQwenImageTransformerWrapper,
     )
 
+    side = 7 if feature == "uneven image" else 8
+    text = 15 if feature == "uneven text" else 16
+    masked = feature == "masked text"
+    batch = 2 if masked else 1
+    mask = torch.ones(batch, text, dtype=torch.long)
+    mask[1:, 10:] = 0
     config = {
         "patch_size": 2,
         "in_channels": 16,
@@ -32,10 +38,10 @@ def build(feature: str) -> tuple[type, dict[str, Any], dict[str, Any]]:
         "axes_dims_rope": (4, 6, 6),
     }
     inputs = {
-        "hidden_states": noise(1, 64, 16),
-        "encoder_hidden_states": noise(1, 16, 32, seed=2),
-        "encoder_hidden_states_mask": torch.ones(1, 16, dtype=torch.long),
-        "timestep": torch.tensor([0.5]),
-        "img_shapes": [[(1, 8, 8)]],
+        "hidden_states": noise(batch, side * side, 16),
+        "encoder_hidden_states": noise(batch, text, 32, seed=2),
+        "encoder_hidden_states_mask": mask if masked else None,
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [[(1, side, side)]] * batch,
     }
     return xFuserQwenImageTransformerWrapper, config, inputs

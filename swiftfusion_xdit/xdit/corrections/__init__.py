@@ -20,6 +20,19 @@ _TRANSFORMERS = "xfuser.model_executor.models.transformers."
 # The wrapper's module -> the module here that corrects it.
 CORRECTED: dict[str, str] = {
     f"{_TRANSFORMERS}transformer_wan": "wan",
+    "xfuser.model_executor.layers.attention_processor": "joint_attention",
+    f"{_TRANSFORMERS}transformer_flux": "flux",
+    f"{_TRANSFORMERS}transformer_flux2": "flux2",
+    f"{_TRANSFORMERS}transformer_ideogram4": "ideogram4",
+    f"{_TRANSFORMERS}transformer_krea2": "krea2",
+    f"{_TRANSFORMERS}transformer_lumina2": "lumina2",
+    f"{_TRANSFORMERS}transformer_qwen": "qwen_image",
+    f"{_TRANSFORMERS}transformer_z_image": "z_image",
+    f"{_TRANSFORMERS}transformer_hunyuan_video": "hunyuan_video",
+    f"{_TRANSFORMERS}transformer_hunyuan_video15": "hunyuan_video15",
+    f"{_TRANSFORMERS}transformer_wan_vace": "wan_vace",
+    f"{_TRANSFORMERS}transformer_cosmos3": "cosmos3",
+    f"{_TRANSFORMERS}transformer_ltx2": "ltx2",
 }
 
 

@@ -24,12 +24,13 @@ def check(module: ModuleType) -> list[str]:
 
 def apply(module: ModuleType, patches: Patches) -> None:
     wrapper = getattr(module, WRAPPER)
-    corrections.around(wrapper, "forward", patches, _forward)
+    corrections.around(wrapper, "forward", patches, forward)
 
 
-def _forward(
+def forward(
     session: Session, original: Any, self: Any, hidden_states: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    """``hidden_states [b, c, frames, height, width]``; xDiT pads and cuts its embedding."""
     sizes = zip(hidden_states.shape[2:], self.config.patch_size, strict=True)
     num_rows = 1
     for size, patch in sizes:
