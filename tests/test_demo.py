@@ -172,7 +172,13 @@ def test_a_signal_ends_every_process(signum: signal.Signals, tmp_path: Path) -> 
         (("--steps", "0"), "--steps must be at least 1, got 0"),
         (("--size", "100"), "--size must be a multiple of 16"),
         (("--ranks", "6", "--size", "128"), "got size 128 with 6 ranks; the next that works is"),
-        (("--model", "dalle"), "--model must be one of flux, wan, sd3, got 'dalle'"),
+        (
+            ("--model", "dalle"),
+            "--model must be one of flux, wan, sd3, hunyuan_video, qwen_image, ",
+        ),
+        (("--model", "dalle"), "got 'dalle'"),
+        (("--model", "cogvideox"), "got 'cogvideox'"),
+        (("--parity", "x.png", "--model", "dalle"), "qwen_image, cogvideox, got 'dalle'"),
         (("--timeout", "-1"), "--timeout must be a positive number of seconds, got -1"),
     ],
 )

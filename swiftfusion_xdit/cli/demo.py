@@ -10,14 +10,12 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import re
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -25,78 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from swiftfusion_xdit.cli import demo_report as reports
+from swiftfusion_xdit.cli import parity
+from swiftfusion_xdit.cli.demo_config import DemoConfig, launch_environment
 from swiftfusion_xdit.cli.launch import LaunchError, free_port, launch
-from swiftfusion_xdit.cli.tiny_models import (
-    MODELS,
-    PIXELS_PER_TOKEN,
-    TinyModel,
-    choose_num_heads,
-    make_checkpoint,
-)
+from swiftfusion_xdit.cli.tiny_models import MODELS, TinyModel, choose_num_heads, make_checkpoint
 from swiftfusion_xdit.simulate.timeline import draw, write_chrome_trace
 
 STRATEGIES = ("usp", "tas", "torus")
-PROMPT = "a torus of light above a quiet sea"
 SEED = 42
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """A checked set of the demo's arguments.
-
-    Raises:
-        ValueError: naming the argument, its rule and the values.
-    """
-
-    ranks: int
-    machines: int
-    model: str
-    steps: int
-    size: int
-    output: Path
-    timeout_s: float
-
-    def __post_init__(self) -> None:
-        for name, least in (("ranks", 2), ("machines", 1), ("steps", 1), ("size", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if self.ranks % self.machines:
-            raise ValueError(
-                f"--machines must divide --ranks: {self.ranks} ranks on {self.machines} machines"
-            )
-        if self.model not in MODELS:
-            raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {self.model!r}")
-        if not 0 < self.timeout_s < math.inf:
-            raise ValueError(
-                f"--timeout must be a positive number of seconds, got {self.timeout_s}"
-            )
-        self._check_size()
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"--output must be a directory, and {self.output} is not one")
-
-    def _check_size(self) -> None:
-        # Stock xDiT pads or fails where tokens do not divide: nothing to compare with.
-        if self._divides(self.size):
-            return
-        step = PIXELS_PER_TOKEN * self.ranks
-        above = next(n for n in range(self.size, self.size + step + 1) if self._divides(n))
-        raise ValueError(
-            f"--size must be a multiple of {PIXELS_PER_TOKEN} that gives tokens divisible by "
-            f"--ranks, so that stock xDiT is exact: got size {self.size} with {self.ranks} ranks; "
-            f"the next that works is {above}"
-        )
-
-    def _divides(self, size: int) -> bool:
-        return size % PIXELS_PER_TOKEN == 0 and self.tiny.num_tokens(size) % self.ranks == 0
-
-    @property
-    def tiny(self) -> TinyModel:
-        return MODELS[self.model]
-
-    @property
-    def ranks_per_machine(self) -> int:
-        return self.ranks // self.machines
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -109,12 +43,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--ranks", type=int, default=4, help="processes (default 4)")
     parser.add_argument("--machines", type=int, default=2, help="machines to play (default 2)")
-    parser.add_argument("--model", default="flux", help=f"{', '.join(MODELS)} (default flux)")
+    parser.add_argument("--model", help=f"{', '.join(MODELS)} (default flux)")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (default 4)")
     parser.add_argument("--size", type=int, default=256, help="height and width (default 256)")
     parser.add_argument("--output", type=Path, default=Path("out"), help="directory (default out)")
     parser.add_argument(
         "--timeout", type=float, default=300.0, help="seconds for one launch (default 300)"
+    )
+    parser.add_argument(
+        "--parity",
+        type=Path,
+        metavar="PNG",
+        help="draw pictures of diffusers, usp and torus side by side instead: of all models, "
+        "cogvideox too, or of the one named by --model",
     )
     parser.set_defaults(run=run)
 
@@ -126,18 +67,23 @@ def run(args: argparse.Namespace) -> int:
         config = DemoConfig(
             ranks=args.ranks,
             machines=args.machines,
-            model=args.model,
+            model=args.model or "flux",
             steps=args.steps,
             size=args.size,
             output=args.output.resolve(),
             timeout_s=args.timeout,
+            choices=parity.NAMES if args.parity else tuple(MODELS),
         )
-        _check_packages(config.tiny)
+        if not args.parity:
+            _check_packages(config.tiny)
     except ValueError as error:
         console.print(f"swiftfusion demo: error: {error}", style="red", markup=False)
         return 2
     try:
         with _terminated_by_signal():
+            if args.parity:
+                models = [config.model] if args.model else parity.NAMES
+                return parity.draw_sheet(config, models, args.parity)
             return _run_demo(config)
     except (LaunchError, FileNotFoundError) as error:
         console.print(f"swiftfusion demo: {error}", style="red", markup=False)
@@ -244,7 +190,7 @@ def xdit_command(config: DemoConfig, name: str, saved: Path) -> list[str]:
     command += ["--master_port", str(free_port()), "--model", config.tiny.checkpoint]
     command += ["--height", str(config.size), "--width", str(config.size)]
     command += ["--num_inference_steps", str(config.steps), "--seed", str(SEED)]
-    command += ["--prompt", PROMPT, "--output_directory", str(saved)]
+    command += ["--prompt", config.tiny.prompt(config.ranks), "--output_directory", str(saved)]
     # The one CPU kernel that gives the log-sum-exp, which Ring needs; so all launches use it.
     command += ["--attention_backend", "SDPA_FLASH"]
     command += [part.format(text_tokens=text_tokens) for part in config.tiny.arguments]
@@ -256,27 +202,10 @@ def xdit_command(config: DemoConfig, name: str, saved: Path) -> list[str]:
 
 
 def _environment(reported: Path) -> dict[str, str]:
-    """The launches' environment: CPU only, offline, and nobody's settings but the demo's."""
-    foreign = ("SWIFTFUSION_", "TORCHELASTIC_", "HF_", "MASTER_")
-    ranked = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
-    env = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ranked and not key.startswith(foreign)
-    }
-    env |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HOME": str(reported / "hf_home"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
+    return launch_environment(reported) | {
         "SWIFTFUSION_REPORT_DIR": str(reported),
         "SWIFTFUSION_REPORT_DTYPE": "float32",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
     }
-    if "SWIFTFUSION_TIMEOUT_S" in os.environ:
-        env["SWIFTFUSION_TIMEOUT_S"] = os.environ["SWIFTFUSION_TIMEOUT_S"]
-    return env
 
 
 def _steps_done(log: Path, num_steps: int) -> int:

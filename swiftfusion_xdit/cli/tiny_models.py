@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swiftfusion_xdit.cli import tiny_builders
+
 if TYPE_CHECKING:
     import torch
 
-HEAD_DIM = 16
+PROMPT = "a torus of light above a quiet sea"
 MIN_HEADS = 6
-TEXT_DIM = 32
 VIDEO_FRAMES = 5
 # Pixels per token: the VAE halves three times and the transformer takes patches of 2 x 2.
 PIXELS_PER_TOKEN = 16
@@ -33,6 +34,8 @@ class TinyModel:
 
     `checkpoint` is the name that xDiT's `--model` takes and the directory that it loads;
     `arguments` are further runner arguments, `{text_tokens}` in them standing for a text length.
+    `template_tokens` is not zero where the pipeline neither pads nor cuts the text: the number of
+    text rows is that plus the bytes of the prompt.
     """
 
     name: str
@@ -41,11 +44,18 @@ class TinyModel:
     is_video: bool
     build: Callable[[int], dict[str, Any]]
     pipeline: str
+    template_tokens: int = 0
 
     def num_tokens(self, size: int) -> int:
         """Image tokens of a `size` x `size` picture (or of the whole video)."""
         frames = (VIDEO_FRAMES - 1) // 4 + 1 if self.is_video else 1
         return frames * (size // PIXELS_PER_TOKEN) ** 2
+
+    def prompt(self, num_ranks: int) -> str:
+        """A prompt whose text rows divide by the ranks where the pipeline leaves that to it."""
+        if not self.template_tokens:
+            return PROMPT
+        return PROMPT + "." * (-(self.template_tokens + len(PROMPT)) % num_ranks)
 
 
 def choose_num_heads(num_ranks: int, num_machines: int) -> int:
@@ -111,165 +121,9 @@ def _randomize(module: torch.nn.Module) -> None:
                 weight.normal_(std=_WEIGHT_SCALE)
 
 
-def make_tokenizer(max_length: int) -> Any:
-    """A tokenizer whose tokens are bytes: any prompt works and no vocabulary is needed."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+_VIDEO = ("--num_frames", str(VIDEO_FRAMES))
 
-    special = ["<pad>", "</s>", "<s>", "<unk>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", vocab["<s>"]), ("</s>", vocab["</s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=max_length,
-        pad_token="<pad>",
-        eos_token="</s>",
-        bos_token="<s>",
-        unk_token="<unk>",
-    )
-
-
-_VOCAB_SIZE = 4 + 256
-
-
-def _t5_encoder(encoder_class: str = "T5EncoderModel") -> Any:
-    import transformers
-
-    config_class = transformers.UMT5Config if "UMT5" in encoder_class else transformers.T5Config
-    config = config_class(
-        vocab_size=_VOCAB_SIZE,
-        d_model=TEXT_DIM,
-        d_kv=16,
-        d_ff=64,
-        num_layers=2,
-        num_heads=2,
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-    )
-    return getattr(transformers, encoder_class)(config).eval()
-
-
-def _clip_encoder(encoder_class: str, *, hidden: int = 16) -> Any:
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=hidden,
-        intermediate_size=32,
-        projection_dim=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    return getattr(transformers, encoder_class)(config).eval()
-
-
-def _image_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def _flow_scheduler() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-
-
-def _build_flux(num_heads: int) -> dict[str, Any]:
-    from diffusers import FluxTransformer2DModel
-
-    return {
-        "scheduler": _flow_scheduler(),
-        "text_encoder": _clip_encoder("CLIPTextModel"),
-        "text_encoder_2": _t5_encoder(),
-        "tokenizer": make_tokenizer(77),
-        "tokenizer_2": make_tokenizer(512),
-        "transformer": FluxTransformer2DModel(
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=HEAD_DIM,
-            num_attention_heads=num_heads,
-            joint_attention_dim=TEXT_DIM,
-            pooled_projection_dim=16,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
-        ),
-        "vae": _image_vae(),
-        "feature_extractor": None,
-        "image_encoder": None,
-    }
-
-
-def _build_sd3(num_heads: int) -> dict[str, Any]:
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-
-    return {
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "text_encoder": _clip_encoder("CLIPTextModelWithProjection"),
-        "text_encoder_2": _clip_encoder("CLIPTextModelWithProjection"),
-        "text_encoder_3": _t5_encoder(),
-        "tokenizer": make_tokenizer(77),
-        "tokenizer_2": make_tokenizer(77),
-        "tokenizer_3": make_tokenizer(256),
-        "transformer": SD3Transformer2DModel(
-            num_layers=3,
-            attention_head_dim=HEAD_DIM,
-            num_attention_heads=num_heads,
-            joint_attention_dim=TEXT_DIM,
-            caption_projection_dim=num_heads * HEAD_DIM,
-            pooled_projection_dim=32,
-            pos_embed_max_size=96,
-            qk_norm="rms_norm",
-        ),
-        "vae": _image_vae(),
-        "feature_extractor": None,
-        "image_encoder": None,
-    }
-
-
-def _build_wan(num_heads: int) -> dict[str, Any]:
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-
-    return {
-        "scheduler": UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        "text_encoder": _t5_encoder("UMT5EncoderModel"),
-        "tokenizer": make_tokenizer(512),
-        "transformer": WanTransformer3DModel(
-            num_attention_heads=num_heads,
-            attention_head_dim=HEAD_DIM,
-            text_dim=TEXT_DIM,
-            freq_dim=32,
-            ffn_dim=2 * num_heads * HEAD_DIM,
-            num_layers=2,
-        ),
-        "transformer_2": None,
-        "vae": AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-    }
-
-
+# Those that xDiT's runner knows by name.
 MODELS = {
     model.name: model
     for model in (
@@ -278,15 +132,15 @@ MODELS = {
             "black-forest-labs/FLUX.1-dev",
             ("--max_sequence_length", "{text_tokens}"),
             False,
-            _build_flux,
+            tiny_builders.build_flux,
             "FluxPipeline",
         ),
         TinyModel(
             "wan",
             "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-            ("--num_frames", str(VIDEO_FRAMES)),
+            _VIDEO,
             True,
-            _build_wan,
+            tiny_builders.build_wan,
             "WanPipeline",
         ),
         TinyModel(
@@ -294,8 +148,39 @@ MODELS = {
             "stabilityai/stable-diffusion-3.5-large",
             (),
             False,
-            _build_sd3,
+            tiny_builders.build_sd3,
             "StableDiffusion3Pipeline",
+        ),
+        TinyModel(
+            "hunyuan_video",
+            "tencent/HunyuanVideo",
+            _VIDEO,
+            True,
+            tiny_builders.build_hunyuan_video,
+            "HunyuanVideoPipeline",
+        ),
+        TinyModel(
+            "qwen_image",
+            "Qwen/Qwen-Image",
+            (),
+            False,
+            tiny_builders.build_qwen_image,
+            "QwenImagePipeline",
+            template_tokens=tiny_builders.QWEN_TEMPLATE_TOKENS,
         ),
     )
 }
+
+# xDiT has a pipeline for it, which its runner does not know.
+COGVIDEOX = TinyModel(
+    "cogvideox",
+    "zai-org/CogVideoX-2b",
+    _VIDEO,
+    True,
+    tiny_builders.build_cogvideox,
+    "CogVideoXPipeline",
+)
+
+
+def find(name: str) -> TinyModel:
+    return COGVIDEOX if name == COGVIDEOX.name else MODELS[name]
