@@ -54,9 +54,11 @@ class FakeGpu:
             softmax_scale: float | None = None,
             return_lse: bool = False,
             out: Tensor | None = None,
+            lse: Tensor | None = None,
         ) -> tuple[Any, ...]:
             assert return_lse
-            return (*self._compute(q, k, v, softmax_scale, out), None, None, None)
+            result, found = self._compute(q, k, v, softmax_scale, out)
+            return (result, found if lse is None else lse.copy_(found), None, None, None)
 
         def flash_attn_func(
             q: Tensor,

@@ -69,7 +69,7 @@ def test_version_without_the_function(
 ) -> None:
     gpu = FakeGpu(monkeypatch, HOPPER)
     gpu.install("fa4", **functions)
-    with pytest.raises(ImportError, match=r"has no _flash_attn_fwd\(out, return_lse, softmax"):
+    with pytest.raises(ImportError, match=r"has no _flash_attn_fwd\(lse, out, return_lse, softmax"):
         select_backend("fa4", GPU)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -49,6 +50,17 @@ class Backend(ABC):
         [B, H, S_q], natural log, fp32 (of shape [0] if not `has_lse`), with any strides. Both are
         fresh memory, out in q's dtype, unless `out` says where the result goes.
         """
+
+    def launcher(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None:
+        """What `forward` launches for tensors like these, without finding that out each time.
+
+        The function takes q, k, v, out and lse, of these shapes and strides, and stores into the
+        last two. None if it cannot be told, or if the kernel does not store into what it is given.
+        May launch the kernel on the tensors.
+        """
+        return None
 
 
 def deliver(result: Tensor, out: Tensor | None) -> Tensor:

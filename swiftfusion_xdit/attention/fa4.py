@@ -2,6 +2,10 @@
 
 Once for each dtype, head dim and number of q heads that share a kv head, and whatever the lengths
 and strides; some seconds each. `FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1` keeps them on disk.
+
+The package decides afresh at each call which of its kernels to launch, in Python, which takes
+longer than short layers do on the GPU. The decision depends on shapes, strides and dtype alone, so
+it is left to the package once for each of these, noted, and repeated.
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .gpu import GpuBackend, broken_package, load_module
+from .fa4_launch import Launches
+from .gpu import GpuBackend, broken_package, is_readable, load_module
 
 _MODULE = "flash_attn.cute.interface"
 _PACKAGE = "flash-attn-4"
 _COMMAND = "pip install --upgrade flash-attn-4"
-_PARAMETERS = frozenset({"softmax_scale", "return_lse", "out"})
+_PARAMETERS = frozenset({"softmax_scale", "return_lse", "out", "lse"})
 # Head dims of up to 256 on Hopper; the kernels for other GPUs have few tiles above 128.
 _HOPPER = 9
 
@@ -47,9 +52,16 @@ class Fa4Backend(GpuBackend):
         if not inspect.signature(self._kernel).parameters.keys() >= _PARAMETERS:
             wanted = f"_flash_attn_fwd({', '.join(sorted(_PARAMETERS))})"
             raise broken_package(f"{_MODULE} has no {wanted}", **package)
+        self._launches = Launches(self._kernel)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        result, lse, *_ = self._kernel(q, k, v, softmax_scale=scale, return_lse=True, out=out)
-        return result, lse
+        return self._launches.run(q.detach(), k.detach(), v.detach(), scale, out)
+
+    def launcher(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] | None:
+        if not all(x.numel() and is_readable(x) for x in (q, k, v, out)):
+            return None
+        return self._launches.find(q, k, v, scale, out, lse)

@@ -58,7 +58,7 @@ class GpuBackend(Backend):
         """`forward` for inputs that the kernel can read; `out` is given only if it can write it."""
 
     def _can_write(self, out: Tensor, dtype: torch.dtype) -> bool:
-        return self.writes_out and out.dtype == dtype and _is_readable(out)
+        return self.writes_out and out.dtype == dtype and is_readable(out)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -111,16 +111,17 @@ def broken_package(
 
 def readable(x: Tensor) -> Tensor:
     """x [B, S, H, D], or a copy if a kernel that loads 16 bytes at a time could not read it."""
-    if _is_readable(x):
+    if is_readable(x):
         return x
     # The stride of a dim of size 1 means nothing, but kernels look at it: take one that fits.
     head_dim = x.shape[3]
     strides = [x.stride(dim) if x.shape[dim] > 1 else head_dim for dim in range(3)]
     view = x.as_strided(x.shape, (*strides, x.stride(3)))
-    return view if _is_readable(view) else x.clone(memory_format=torch.contiguous_format)
+    return view if is_readable(view) else x.clone(memory_format=torch.contiguous_format)
 
 
-def _is_readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
+    """Whether a kernel that loads 16 bytes at a time can read, or write, x [B, S, H, D]."""
     batch, rows, heads, dim = x.stride()
     aligned = (batch | rows | heads) % _VECTOR_ELEMENTS == 0 and x.data_ptr() % _VECTOR_BYTES == 0
     return dim == 1 and aligned and 0 not in (batch, rows, heads)
