@@ -77,7 +77,7 @@ def layer_like_program() -> tuple[list[Op], Tensor]:
         copy = Op(stream=1, width=256, height=64, depth=1, src_pitch=512, dst_pitch=512)
         copy.src_offset, copy.dst_offset = 4096 + i * 65536, 4096 + i * 65536 + 32768
         ops.append(copy)
-    ops += [Op.wait_clear(1, flag) for flag in flags]
+    ops += [op for flag in flags for op in (Op.wait(1, flag), Op.clear(1, flag))]
     return [
         *ops,
         Op.record(1, 1),
@@ -111,21 +111,22 @@ def scatters(lib: native.Native) -> None:
     for rows in (16, 64, 256, 1024, 2304, 8448, 18688):
         src = [torch.randn(1, rows, 24, 128, device="cuda").bfloat16()[:, :, 12:] for _ in "qkv"]
         dst = [torch.empty(1, rows, 12, 128, dtype=torch.bfloat16, device=target) for _ in "qkv"]
-        ops: list[Op] = []
-        for i, (a, b) in enumerate(zip(src, dst, strict=True)):
-            ops += Op.copies(
-                0,
-                Place(i, 0),
-                Place(3 + i, 0),
-                shape=a.shape,
-                src_stride=a.stride(),
-                dst_stride=b.stride(),
-                itemsize=2,
-            )
         bases = [x.data_ptr() for x in (*src, *dst)]
         times = []
-        for kernel_copy_bytes in (0, 1 << 40):
-            program = lib.program(ops, kernel_copy_bytes=kernel_copy_bytes)
+        for by_kernel in (False, True):
+            ops: list[Op] = []
+            for i, (a, b) in enumerate(zip(src, dst, strict=True)):
+                ops += Op.copies(
+                    0,
+                    Place(i, 0),
+                    Place(3 + i, 0),
+                    shape=a.shape,
+                    src_stride=a.stride(),
+                    dst_stride=b.stride(),
+                    itemsize=2,
+                    by_kernel=by_kernel,
+                )
+            program = lib.program(ops)
             program.bind(bases, [stream()])
             times.append(median_us(lambda _, p=program: p.run(), repeats=4))
         engines, kernel = times

@@ -14,7 +14,6 @@ class Copy {
   Copy(const sf_op& op, bool plane_loop);
   Copy() = default;
 
-  uint64_t num_bytes() const { return num_bytes_; }
   // SF_OK, or keeps the message of the call that failed.
   int enqueue(uint64_t src, uint64_t dst, cudaStream_t stream) const;
   // The same as an item of sf_pack; false where its counts do not fit in one.

@@ -16,12 +16,13 @@ namespace {
 using sf::check;
 using sf::fail;
 
-// cuStreamBatchMemOp takes fewer than 256 operations, and a flag op makes at most two.
-constexpr int kMaxFlagOpsPerBatch = 127;
+// cuStreamBatchMemOp takes fewer than 256 operations.
+constexpr int kMaxFlagOpsPerBatch = 255;
 // The driver API that cuStreamBatchMemOp (v2) and the value operations are asked for by.
 constexpr unsigned kDriverVersion = 12000;
 
-const char* const kKindNames[] = {"copy", "write", "wait_clear", "record", "wait_event"};
+const char* const kKindNames[] = {"copy", "write", "wait", "record", "wait_event", "clear",
+                                   "copy_kernel"};
 
 // The driver's functions are looked up, not linked: the library loads where there is no driver.
 struct Driver {
@@ -57,8 +58,11 @@ int load_driver(Driver* driver) {
   return look_up("cuGetErrorString", &driver->error_string);
 }
 
-bool is_flag(const sf_op& op) { return op.kind == SF_WRITE || op.kind == SF_WAIT_CLEAR; }
-bool is_copy(const sf_op& op) { return op.kind == SF_COPY; }
+bool is_flag(const sf_op& op) {
+  return op.kind == SF_WRITE || op.kind == SF_WAIT || op.kind == SF_CLEAR;
+}
+bool is_kernel_copy(const sf_op& op) { return op.kind == SF_COPY_KERNEL; }
+bool is_copy(const sf_op& op) { return op.kind == SF_COPY || is_kernel_copy(op); }
 bool is_event(const sf_op& op) { return op.kind == SF_RECORD || op.kind == SF_WAIT_EVENT; }
 
 int check_copy(const sf_op& op) {
@@ -71,8 +75,8 @@ int check_copy(const sf_op& op) {
 }
 
 int check_op(const sf_op& op, int num_events) {
-  if (op.kind < SF_COPY || op.kind > SF_WAIT_EVENT) {
-    return fail(SF_INVALID_ARGUMENT, "kind must be 0 to %d, got %d", SF_WAIT_EVENT, op.kind);
+  if (op.kind < SF_COPY || op.kind > SF_COPY_KERNEL) {
+    return fail(SF_INVALID_ARGUMENT, "kind must be 0 to %d, got %d", SF_COPY_KERNEL, op.kind);
   }
   if (op.stream < 0) return fail(SF_INVALID_ARGUMENT, "stream must be >= 0, got %d", op.stream);
   if (op.src_base < -1 || op.dst_base < -1) {
@@ -83,8 +87,8 @@ int check_op(const sf_op& op, int num_events) {
     return fail(SF_INVALID_ARGUMENT, "event must be 0 to num_events - 1 = %d, got %d",
                 num_events - 1, op.event);
   }
-  if (op.kind == SF_WAIT_CLEAR && op.value == 0) {
-    return fail(SF_INVALID_ARGUMENT, "wait_clear needs a value other than 0, which it clears to");
+  if (op.kind == SF_WAIT && op.value == 0) {
+    return fail(SF_INVALID_ARGUMENT, "wait needs a value other than 0, which is a clear flag's");
   }
   return is_copy(op) ? check_copy(op) : SF_OK;
 }
@@ -170,13 +174,15 @@ int sf_program::create(const sf_op* ops, int num_ops, int num_events,
     if (status != SF_OK) return located(i, 1, status);
     has_flags = has_flags || is_flag(op);
     num_streams_ = std::max(num_streams_, op.stream + 1);
-    if (is_copy(op) || op.kind == SF_WAIT_CLEAR) num_bases_ = std::max(num_bases_, op.src_base + 1);
-    if (is_copy(op) || op.kind == SF_WRITE) num_bases_ = std::max(num_bases_, op.dst_base + 1);
+    const bool reads = is_copy(op) || op.kind == SF_WAIT;
+    const bool writes = is_copy(op) || (is_flag(op) && !reads);
+    if (reads) num_bases_ = std::max(num_bases_, op.src_base + 1);
+    if (writes) num_bases_ = std::max(num_bases_, op.dst_base + 1);
     const bool plane_loop = (options.flags & SF_PLANE_LOOP) != 0;
     copies_.push_back(is_copy(op) ? sf::Copy(op, plane_loop) : sf::Copy());
   }
   SF_TRY(check_order(ops_, num_events));
-  const std::vector<int> flags = run_lengths(ops_, is_flag), copies = run_lengths(ops_, is_copy);
+  const std::vector<int> flags = run_lengths(ops_, is_flag), copies = run_lengths(ops_, is_kernel_copy);
   run_length_.resize(ops_.size());
   std::transform(flags.begin(), flags.end(), copies.begin(), run_length_.begin(),
                  [](int a, int b) { return std::max(a, b); });
@@ -195,20 +201,19 @@ void sf_program::prepare_flags() {
   for (const sf_op& op : ops_) {
     first_param_.push_back(params_.size());
     if (!is_flag(op)) continue;
-    if (op.kind == SF_WAIT_CLEAR) {
-      CUstreamBatchMemOpParams wait = {};
-      wait.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
-      wait.waitValue.value = op.value;
-      wait.waitValue.flags = CU_STREAM_WAIT_VALUE_EQ;
-      params_.push_back(wait);
+    CUstreamBatchMemOpParams param = {};
+    if (op.kind == SF_WAIT) {
+      param.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
+      param.waitValue.value = op.value;
+      param.waitValue.flags = CU_STREAM_WAIT_VALUE_EQ;
+    } else {
+      param.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
+      param.writeValue.value = op.kind == SF_WRITE ? op.value : 0;
+      // The default is a system-wide fence before the write: a peer that sees the flag sees what
+      // this stream's earlier copies wrote. A batch takes no other.
+      param.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;
     }
-    // The default, unlike NO_MEMORY_BARRIER, is a system-wide fence before the write: a peer that
-    // sees the flag sees what this stream's earlier copies wrote.
-    CUstreamBatchMemOpParams write = {};
-    write.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
-    write.writeValue.value = op.kind == SF_WRITE ? op.value : 0;
-    write.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;
-    params_.push_back(write);
+    params_.push_back(param);
   }
   first_param_.push_back(params_.size());
 }
@@ -253,13 +258,15 @@ int sf_program::step(int index, int end, const uint64_t* bases, cudaStream_t str
   const int together = std::min(run_length_[i], end - index);
   switch (op.kind) {
     case SF_COPY:
-      if (together > 1 && options_.kernel_copy_bytes > 0) {
-        SF_TRY(run_copies(index, index + together, bases, stream, num_done));
-        if (*num_done > 1) return SF_OK;
-      }
+      return copies_[i].enqueue(source(op, bases), destination(op, bases), stream);
+    case SF_COPY_KERNEL:
+      SF_TRY(run_copies(index, index + together, bases, stream, num_done));
+      if (*num_done > 0) return SF_OK;
+      *num_done = 1;
       return copies_[i].enqueue(source(op, bases), destination(op, bases), stream);
     case SF_WRITE:
-    case SF_WAIT_CLEAR:
+    case SF_WAIT:
+    case SF_CLEAR:
       *num_done = std::min(together, kMaxFlagOpsPerBatch);
       return run_flags(index, index + *num_done, bases, stream);
     case SF_RECORD:
@@ -278,7 +285,7 @@ int sf_program::run_flags(int begin, int end, const uint64_t* bases, cudaStream_
   const bool single = (options_.flags & SF_SINGLE_FLAG_OPS) != 0;
   for (size_t i = first; i < last; ++i) {
     const sf_op& op = ops_[i];
-    const uint64_t address = op.kind == SF_WRITE ? destination(op, bases) : source(op, bases);
+    const uint64_t address = op.kind == SF_WAIT ? source(op, bases) : destination(op, bases);
     if (single) {
       SF_TRY(run_one_flag(op, address, stream));
       continue;
@@ -296,35 +303,32 @@ int sf_program::run_flags(int begin, int end, const uint64_t* bases, cudaStream_
 }
 
 int sf_program::run_one_flag(const sf_op& op, uint64_t address, CUstream stream) const {
-  if (op.kind == SF_WAIT_CLEAR) {
-    SF_TRY(driver_check(driver_.wait(stream, address, op.value, CU_STREAM_WAIT_VALUE_EQ),
-                        "cuStreamWaitValue32"));
+  if (op.kind == SF_WAIT) {
+    return driver_check(driver_.wait(stream, address, op.value, CU_STREAM_WAIT_VALUE_EQ),
+                        "cuStreamWaitValue32");
   }
   const uint32_t value = op.kind == SF_WRITE ? op.value : 0;
   return driver_check(driver_.write(stream, address, value, CU_STREAM_WRITE_VALUE_DEFAULT),
                       "cuStreamWriteValue32");
 }
 
-// One kernel for as many of the copies as fit in kernel_copy_bytes; *num_done stays 1 if fewer
-// than two do, and nothing is enqueued.
+// One kernel for as many of the copies as it takes; *num_done says how many, 0 if it takes none.
 int sf_program::run_copies(int begin, int end, const uint64_t* bases, cudaStream_t stream,
                            int* num_done) {
   sf_pack_args args;
   args.reserved = 0;
   int count = 0;
-  uint64_t num_bytes = 0;
   for (int i = begin; i < end && count < SF_MAX_PACK_ITEMS; ++i, ++count) {
     const sf_op& op = ops_[static_cast<size_t>(i)];
     const sf::Copy& copy = copies_[static_cast<size_t>(i)];
-    num_bytes += copy.num_bytes();
     sf_pack_item* const item = &args.items[count];
-    if (num_bytes > options_.kernel_copy_bytes || !copy.as_pack_item(item)) break;
+    if (!copy.as_pack_item(item)) break;
     item->src = reinterpret_cast<const void*>(source(op, bases));
     item->dst = reinterpret_cast<void*>(destination(op, bases));
   }
-  if (count < 2) return SF_OK;
-  args.num_items = count;
   *num_done = count;
+  if (count == 0) return SF_OK;
+  args.num_items = count;
   return sf_pack(&args, stream);
 }
 
@@ -338,7 +342,7 @@ int sf_program::driver_check(CUresult result, const char* call) const {
 int sf_program::located(int index, int num_done, int status) const {
   const sf_op& op = ops_[static_cast<size_t>(index)];
   const char* const kind =
-      op.kind >= SF_COPY && op.kind <= SF_WAIT_EVENT ? kKindNames[op.kind] : "unknown";
+      op.kind >= SF_COPY && op.kind <= SF_COPY_KERNEL ? kKindNames[op.kind] : "unknown";
   if (num_done > 1) {
     sf::add_context("ops %d to %d (from %s, stream %d)", index, index + num_done - 1, kind,
                     op.stream);

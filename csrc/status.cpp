@@ -38,7 +38,6 @@ constexpr LayoutEntry kLayout[] = {
     SF_STRUCT(sf_program_options),
     SF_FIELD(sf_program_options, flags),
     SF_FIELD(sf_program_options, reserved),
-    SF_FIELD(sf_program_options, kernel_copy_bytes),
     SF_STRUCT(sf_merge_args),
     SF_FIELD(sf_merge_args, out),
     SF_FIELD(sf_merge_args, out_stride),

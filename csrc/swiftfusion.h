@@ -39,11 +39,15 @@ SF_API int sf_preload(void);
 // ---- Stream programs -------------------------------------------------------------------------
 
 enum sf_op_kind {
-  SF_COPY = 0,        // copy width x height x depth bytes from src to dst
+  SF_COPY = 0,        // copy width x height x depth bytes from src to dst, by a copy engine if it
+                      // crosses to a peer; CUDA itself takes a kernel inside one GPU
   SF_WRITE = 1,       // *dst = value, after the stream's earlier copies are visible system-wide
-  SF_WAIT_CLEAR = 2,  // wait until *src == value, then *src = 0
+  SF_WAIT = 2,        // wait until *src == value
   SF_RECORD = 3,      // record event
   SF_WAIT_EVENT = 4,  // wait for event, recorded by an earlier op
+  SF_CLEAR = 5,       // *dst = 0, in stream order
+  SF_COPY_KERNEL = 6, // as SF_COPY, by sf_pack: one launch for consecutive ones of a stream, of which
+                      // none may read or write what another writes
 };
 
 // An address is bases[base] + offset of the run call, or offset itself where base is -1.
@@ -65,11 +69,8 @@ enum sf_program_flags {
 };
 
 typedef struct {
-  uint32_t flags;              // sf_program_flags
-  uint32_t reserved;           // 0
-  uint64_t kernel_copy_bytes;  // two or more consecutive copies of one stream that together move at
-                               // most this much go out as one sf_pack kernel, in which case none
-                               // may read or write what another writes; 0: copy engines only
+  uint32_t flags;     // sf_program_flags
+  uint32_t reserved;  // 0
 } sf_program_options;
 
 typedef struct sf_program sf_program;

@@ -186,6 +186,25 @@ def torus_mesh(topology: Topology, num_heads: int) -> Mesh:
     return Mesh(torus=num_machines, ulysses=ulysses, ring=ranks_per_machine // ulysses)
 
 
+def split_counts(total: int, num_parts: int) -> list[int]:
+    """Sizes of consecutive parts that differ by at most one, the larger ones first."""
+    size, larger = divmod(total, num_parts)
+    return [size + (i < larger) for i in range(num_parts)]
+
+
+def head_group_sizes(num_heads: int, num_groups: int, *, edge_heads: int = 0) -> list[int]:
+    """Heads of each group that one rank works through.
+
+    Even, the larger ones first. With ``edge_heads`` the first and the last of three or more groups
+    have that many, if the others then keep at least as many each: nothing hides the way in of the
+    first group nor the way home of the last.
+    """
+    inner = num_heads - 2 * edge_heads
+    if edge_heads == 0 or num_groups < 3 or inner < edge_heads * (num_groups - 2):
+        return split_counts(num_heads, num_groups)
+    return [edge_heads, *split_counts(inner, num_groups - 2), edge_heads]
+
+
 def whole_sequence_mesh(topology: Topology) -> Mesh:
     """A mesh without a ring: every rank attends all rows, with heads of its own."""
     num_ranks = topology.num_ranks

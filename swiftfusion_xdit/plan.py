@@ -13,13 +13,16 @@ import torch
 from swiftfusion_xdit import wire
 from swiftfusion_xdit.mesh import (
     Mesh,
+    head_group_sizes,
     paper_mesh,
+    split_counts,
     torus_mesh,
     usp_mesh,
     whole_sequence_mesh,
 )
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule import build
+from swiftfusion_xdit.schedule.messages import messages
 from swiftfusion_xdit.schedule.steps import (
     Attend,
     Block,
@@ -29,14 +32,12 @@ from swiftfusion_xdit.schedule.steps import (
     TensorName,
     Wait,
 )
+from swiftfusion_xdit.simulate.cost import tile_rows
 from swiftfusion_xdit.topology import Topology
 
 STRATEGIES = ("usp", "tas", "torus")
 SCHEDULES = ("auto", "torus", "folded", "pipelined")
 PIPELINED_GROUPS = 2  # where the device is not known
-MOST_PIPELINED_GROUPS = 6
-TILE_ROWS = 128  # query rows that one unit of a GPU attends at a time
-WAVES_PER_GROUP = 4  # fewer, and the last, partly filled wave costs more than a group hides
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 ALIGNMENT_BYTES = 256
 
@@ -156,10 +157,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule bound to sizes: heads of each group, slots, and the flags beside them."""
+    """A schedule bound to sizes: heads of each group, slots, and the flags beside them.
+
+    ``edge_heads``: of the first and the last group of a rank, see ``mesh.head_group_sizes``.
+    """
 
     shape: AttentionShape
     schedule: Schedule
+    edge_heads: int = 0
 
     @property
     def mesh(self) -> Mesh:
@@ -167,11 +172,15 @@ class Plan:
 
     @cached_property
     def query_heads(self) -> tuple[range, ...]:
-        """The query heads of each head group: as even as possible, the larger ones first."""
+        """The query heads of each head group."""
         fine = []
-        for coarse in split_evenly(range(self.shape.num_heads), self.mesh.num_head_groups):
-            fine += split_evenly(coarse, self.schedule.groups_per_rank)
-        return tuple(fine)
+        coarse = split_counts(self.shape.num_heads, self.mesh.num_head_groups)
+        for num_heads in coarse:
+            fine += head_group_sizes(
+                num_heads, self.schedule.groups_per_rank, edge_heads=self.edge_heads
+            )
+        ends = accumulate(fine, initial=0)
+        return tuple(range(start, stop) for start, stop in pairwise(ends))
 
     def heads(self, tensor: TensorName, heads: int) -> range:
         """The heads of a group in a tensor: for k and v those that its query heads share."""
@@ -212,6 +221,20 @@ class Plan:
         )
 
     @cached_property
+    def _message_blocks(self) -> dict[tuple[int, Block], Block]:
+        """Of (owner, slot): the last block of the message that the slot's block comes in."""
+        return {
+            (put.peer, put.block): puts[-1].block
+            for program in self.schedule.programs
+            for puts in messages(program)
+            for put in puts
+        }
+
+    def message_block(self, owner: int, block: Block) -> Block:
+        """The block whose flags serve the whole message that brings ``block`` to ``owner``."""
+        return self._message_blocks[owner, block]
+
+    @cached_property
     def _flag_stride(self) -> tuple[int, int]:
         return max(map(len, self.full_flags)), max(map(len, self.free_flags))
 
@@ -241,6 +264,7 @@ def make_plan(
     whole_sequence: bool = False,
     num_units: int = 0,
     groups_per_rank: int = 0,
+    edge_heads: int = 0,
 ) -> Plan:
     """Choose mesh and schedule for a shape.
 
@@ -256,6 +280,7 @@ def make_plan(
             schedule is ``pipelined`` and the mesh has no ring.
         num_units: multiprocessors of the device, for the number of head groups; 0 if unknown.
         groups_per_rank: forces the number of head groups of ``pipelined``; 0 leaves it open.
+        edge_heads: heads of the first and the last of these groups; 0: as many as the others.
 
     Raises:
         ValueError: a mesh that does not fit the group or the heads, or a schedule that needs a
@@ -274,9 +299,11 @@ def make_plan(
     else:
         name = schedule
     groups = 1
-    if name == "pipelined":
-        groups = groups_per_rank or pipelined_groups(shape, mesh, num_units)
-    plan = Plan(shape, build(name, mesh, groups_per_rank=groups))
+    if name in ("pipelined", "whole_sequence"):
+        groups = groups_per_rank
+        if not groups:
+            groups, edge_heads = pipelined_groups(shape, mesh, num_units)
+    plan = Plan(shape, build(name, mesh, groups_per_rank=groups), edge_heads)
     if not has_lse and needs_lse(plan.schedule):
         raise ValueError(
             f"schedule {name!r} merges partial outputs and needs an attention backend with a "
@@ -291,18 +318,24 @@ def _whole_sequence_schedule(mesh: Mesh, schedule: str) -> str:
             "an attention kernel that must see the whole sequence needs a mesh with ring=1 and "
             f"schedule 'pipelined'; got mesh {mesh} and schedule {schedule!r}"
         )
-    return "pipelined"
+    return "whole_sequence"
 
 
-def pipelined_groups(shape: AttentionShape, mesh: Mesh, num_units: int) -> int:
-    """As many head groups as keep the device busy: each group some whole waves of tiles."""
+def pipelined_groups(shape: AttentionShape, mesh: Mesh, num_units: int) -> tuple[int, int]:
+    """(head groups, heads of the first and the last) that keep a device of ``num_units`` busy.
+
+    Three groups: the first and the last as small as fill the device once, because nothing hides
+    the way in of the one and the way home of the other. Two where that leaves too little between.
+    """
     heads_per_rank = shape.num_heads // mesh.num_head_groups
     if not num_units:
-        return min(PIPELINED_GROUPS, heads_per_rank)
+        return min(PIPELINED_GROUPS, heads_per_rank), 0
     rows = sum(shape.query_lengths) // mesh.ring
-    num_tiles = -(-rows // TILE_ROWS) * shape.batch * heads_per_rank
-    fitting = num_tiles // (WAVES_PER_GROUP * num_units)
-    return max(1, min(fitting, MOST_PIPELINED_GROUPS, heads_per_rank))
+    tiles_per_head = max(1, -(-rows // tile_rows(shape.head_dim)) * shape.batch)
+    edge_heads = -(-num_units // tiles_per_head)
+    if heads_per_rank >= 4 * edge_heads:
+        return 3, edge_heads
+    return min(PIPELINED_GROUPS, heads_per_rank), 0
 
 
 def needs_lse(schedule: Schedule) -> bool:
@@ -315,14 +348,6 @@ def needs_lse(schedule: Schedule) -> bool:
                 return True
             seen |= pairs
     return False
-
-
-def split_evenly(items: range, num_parts: int) -> list[range]:
-    """Consecutive parts whose sizes differ by at most one, the larger ones first."""
-    size, larger = divmod(len(items), num_parts)
-    ends = accumulate(size + (i < larger) for i in range(num_parts))
-    starts = [items.start, *(items.start + end for end in ends)]
-    return [range(a, b) for a, b in pairwise(starts)]
 
 
 def _steps(program: Program, kind: type) -> list:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -61,16 +61,22 @@ class LayerRunner:
         """Collective: allocates the plan's symmetric memory on every rank."""
         self.plan = plan
         self._comm = comm
-        self._backend = backend
-        self._rank = comm.rank
-        self._program = plan.schedule.programs[comm.rank]
+        self.backend = backend
+        self.rank = comm.rank
+        self.program = plan.schedule.programs[comm.rank]
         self._layout = plan.layouts[comm.rank]
         self.buffer: SymmetricBuffer = comm.allocate(plan.symmetric_bytes, num_flags=plan.num_flags)
         if comm.on_stream:
             comm.bind(self.buffer, transfers(plan))
         self._num_layers = 0
+        self.num_partials = Counter(
+            (chunk, step.heads)
+            for step in self.program.steps
+            if isinstance(step, Attend)
+            for chunk in step.queries
+        )
         self.reset_flags()
-        self._contexts = [f"step {i} ({step})" for i, step in enumerate(self._program.steps)]
+        self._contexts = [f"step {i} ({step})" for i, step in enumerate(self.program.steps)]
         self._bind_all()
 
     def close(self) -> None:
@@ -82,8 +88,8 @@ class LayerRunner:
         for flag in range(self.plan.num_flags):
             self._comm.clear(self.buffer, flag)
         for parity in range(NUM_PARITIES):
-            for peer, block in self.plan.free_flags[self._rank]:
-                self._comm.preset(self.buffer, self.plan.free_flag(self._rank, peer, block, parity))
+            for peer, block in self.plan.free_flags[self.rank]:
+                self._comm.preset(self.buffer, self.plan.free_flag(self.rank, peer, block, parity))
 
     def run(
         self,
@@ -125,13 +131,13 @@ class LayerRunner:
         return out
 
     def _event(self, index: int, start_us: float) -> Event:
-        step = self._program.steps[index]
+        step = self.program.steps[index]
         name = f"{step.verb} {step.operands()}"
-        return Event(self._rank, step.stream, name, start_us, time.monotonic_ns() / 1e3)
+        return Event(self.rank, step.stream, name, start_us, time.monotonic_ns() / 1e3)
 
     def _bind_all(self) -> None:
         self._actions = [
-            [self._bind(step, parity) for step in self._program.steps]
+            [self._bind(step, parity) for step in self.program.steps]
             for parity in range(NUM_PARITIES)
         ]
 
@@ -152,16 +158,14 @@ class LayerRunner:
 
     def _own(self, block: Block) -> Source:
         """This rank's own rows of an input, for the heads of a group."""
-        heads = self.plan.heads(block.tensor, block.heads)
-        name, columns = block.tensor, slice(heads.start, heads.stop)
+        name, columns = block.tensor, self.columns(block.tensor, block.heads)
         return lambda layer: layer.inputs[name][:, :, columns]
 
     def _own_encoded(self, block: Block) -> Source:
         """The same as it lies in slots. An input is encoded once a layer, if any of it is sent."""
         if self.plan.shape.wire == "exact":
             return self._own(block)
-        heads = self.plan.heads(block.tensor, block.heads)
-        name, columns = block.tensor, slice(heads.start, heads.stop)
+        name, columns = block.tensor, self.columns(block.tensor, block.heads)
 
         def rows(layer: Layer) -> Tensor:
             if name not in layer.encoded:
@@ -184,7 +188,7 @@ class LayerRunner:
             if self.plan.shape.wire == "exact":
                 return lambda layer: layer.finished.pop(key)
             return lambda layer: wire.encode(layer.finished.pop(key))
-        if block.chunk == self._rank:
+        if block.chunk == self.rank:
             return self._own_encoded(block)
         received = self._slot(block, parity)
         return lambda layer: received
@@ -197,18 +201,18 @@ class LayerRunner:
 
         return copy
 
-    def _awaited_flag(self, step: Put | Wait, parity: int) -> Flag:
+    def awaited_flag(self, step: Put | Wait, parity: int) -> Flag:
         """The flag of this rank's own that a step waits for, with its name in reports."""
         if isinstance(step, Wait):
-            index = self.plan.full_flag(self._rank, step.block, parity)
+            index = self.plan.full_flag(self.rank, step.block, parity)
             return Flag(index, f"FULL of {step.block}")
-        index = self.plan.free_flag(self._rank, step.peer, step.block, parity)
+        index = self.plan.free_flag(self.rank, step.peer, step.block, parity)
         return Flag(index, f"FREE of {step.block} at rank {step.peer}")
 
     def _bind_put(self, step: Put, parity: int) -> Action:
         plan, comm, buffer, peer = self.plan, self._comm, self.buffer, step.peer
         region = plan.layouts[peer].slot(step.block, parity)
-        free = self._awaited_flag(step, parity)
+        free = self.awaited_flag(step, parity)
         full = plan.full_flag(peer, step.block, parity)
         source = self._source(step.block, parity)
 
@@ -221,32 +225,50 @@ class LayerRunner:
 
     def _bind_wait(self, step: Wait, parity: int) -> Action:
         comm, buffer, peer = self._comm, self.buffer, step.peer
-        full = self._awaited_flag(step, parity)
+        full = self.awaited_flag(step, parity)
         return lambda layer: comm.wait(buffer, full, peer, on_wait=layer.on_wait)
 
     def _bind_release(self, step: Release, parity: int) -> Action:
         comm, buffer, peer = self._comm, self.buffer, step.peer
-        free = self.plan.free_flag(peer, self._rank, step.block, parity)
+        free = self.plan.free_flag(peer, self.rank, step.block, parity)
         return lambda layer: comm.signal(buffer, free, peer)
 
     def _bind_attend(self, step: Attend, parity: int) -> Action:
-        backend, heads = self._backend, step.heads
-        queries = self._operand("q", step.queries, heads, parity)
-        keys = self._operand("k", step.keys, heads, parity)
-        values = self._operand("v", step.keys, heads, parity)
-        rows = self._rows(step.queries)
+        backend, heads = self.backend, step.heads
+        queries = self.operand("q", step.queries, heads, parity)
+        keys = self.operand("k", step.keys, heads, parity)
+        values = self.operand("v", step.keys, heads, parity)
+        rows = self.rows(step.queries)
+        if self.in_place(step):
+            columns = self.columns("o", heads)
+
+            def run_in_place(layer: Layer) -> None:
+                out = layer.out[:, :, columns]
+                operands = (queries(layer), keys(layer), values(layer))
+                attend(*operands, scale=layer.scale, backend=backend, out=out)
+
+            return run_in_place
 
         def run(layer: Layer) -> None:
             out, lse = attend(
                 queries(layer), keys(layer), values(layer), scale=layer.scale, backend=backend
             )
+            out = out.contiguous()  # as every kernel makes it: copies know its strides beforehand
             for chunk, where in rows:
                 part = (out[:, where], lse[:, :, where] if backend.has_lse else lse)
                 layer.partials[chunk, heads].append(part)
 
         return run
 
-    def _rows(self, chunks: tuple[int, ...]) -> list[tuple[int, slice]]:
+    def in_place(self, step: Attend) -> bool:
+        """Whether ``step`` gives a part of the layer's result: this rank's rows, once and alone."""
+        return step.queries == (self.rank,) and self.num_partials[self.rank, step.heads] == 1
+
+    def columns(self, tensor: TensorName, heads: int) -> slice:
+        of_group = self.plan.heads(tensor, heads)
+        return slice(of_group.start, of_group.stop)
+
+    def rows(self, chunks: tuple[int, ...]) -> list[tuple[int, slice]]:
         """Where each chunk's rows lie in an operand of several chunks."""
         rows, start = [], 0
         for chunk in chunks:
@@ -255,14 +277,14 @@ class LayerRunner:
             start = stop
         return rows
 
-    def _operand(
+    def operand(
         self, tensor: TensorName, chunks: tuple[int, ...], heads: int, parity: int
     ) -> Source:
-        if self._program.from_slots(chunks):
+        if self.program.from_slots(chunks):
             region = self._layout.operand(tensor, chunks, heads, parity)
             source = self._decoded(region.view(self.buffer.local))
         else:
-            source = self._own(Block(tensor, self._rank, heads))
+            source = self._own(Block(tensor, self.rank, heads))
         kv_heads = None if tensor == "q" else self._kv_head_of_each_query_head(heads)
         if kv_heads is None:
             return source
@@ -279,12 +301,13 @@ class LayerRunner:
         return torch.tensor(wanted, device=self.buffer.local.device)
 
     def _bind_merge(self, step: Merge, parity: int) -> Action:
-        heads = self.plan.heads("o", step.heads)
-        columns, rank = slice(heads.start, heads.stop), self._rank
+        columns, rank = self.columns("o", step.heads), self.rank
 
         def run(layer: Layer) -> None:
             for chunk in step.queries:
-                partials = layer.partials.pop((chunk, step.heads))
+                partials = layer.partials.pop((chunk, step.heads), None)
+                if partials is None:
+                    continue  # attended in place
                 if chunk == rank:
                     merge(partials, out=layer.out[:, :, columns])
                 elif len(partials) == 1:
@@ -296,8 +319,7 @@ class LayerRunner:
 
     def _bind_collect(self, step: Collect, parity: int) -> Action:
         rows = self._decoded(self._slot(step.block, parity))
-        heads = self.plan.heads("o", step.block.heads)
-        columns = slice(heads.start, heads.stop)
+        columns = self.columns("o", step.block.heads)
 
         def collect(layer: Layer) -> None:
             layer.out[:, :, columns].copy_(rows(layer))

@@ -262,7 +262,7 @@ class SequenceParallel:
 
     def _choose_plan(self, shape: AttentionShape) -> Plan:
         """Collective: the planner's choice on GPUs; elsewhere the strategy's rule."""
-        mesh, schedule, groups = self._forced_mesh, self.schedule, 0
+        mesh, schedule, groups, edge = self._forced_mesh, self.schedule, 0, 0
         whole_sequence = self.backend.whole_sequence
         if whole_sequence:
             mesh = mesh or whole_sequence_mesh(self.topology)
@@ -285,6 +285,7 @@ class SequenceParallel:
                 two_sided=not self._comm.addressable,
             )
             mesh, schedule, groups = choice.mesh, choice.schedule, choice.groups_per_rank
+            edge = choice.edge_heads
             if self._comm.rank == 0:
                 logger.info("planned: %s", choice.describe())
         return make_plan(
@@ -297,6 +298,7 @@ class SequenceParallel:
             whole_sequence=whole_sequence,
             num_units=self._num_units(),
             groups_per_rank=groups,
+            edge_heads=edge,
         )
 
     def _make_runner(self, plan: Plan) -> LayerRunner:

@@ -50,10 +50,10 @@ def test_every_status_has_a_text(native: Native) -> None:
 @pytest.mark.parametrize(
     ("ops", "message"),
     [
-        ([Op(kind=9)], r"op 0 \(unknown, stream 0\): kind must be 0 to 4, got 9"),
+        ([Op(kind=9)], r"op 0 \(unknown, stream 0\): kind must be 0 to 6, got 9"),
         ([Op.write(-1, FLAG)], r"op 0 \(write, stream -1\): stream must be >= 0"),
         ([Op.write(0, Place(-2, 0))], "dst_base must be >= -1, got -1 and -2"),
-        ([Op.wait_clear(0, FLAG, value=0)], "wait_clear needs a value other than 0"),
+        ([Op.wait(0, FLAG, value=0)], "wait needs a value other than 0"),
         ([Op.record(0, 0), Op.wait_event(1, 1)], "op 1 waits for event 1, which no earlier op"),
         ([Op.record(0, -1)], r"op 0 \(record, stream 0\): event must be 0"),
         ([Op(width=1 << 40, height=1 << 40, depth=1)], "must fit in 64 bits"),

@@ -38,15 +38,15 @@ def test_auto(machines: int, has_lse: bool, num_units: int, expected: str) -> No
 @pytest.mark.parametrize(
     ("rows", "heads", "num_units", "expected"),
     [
-        (4608, 24, H200_UNITS, 1),  # 3.3 waves of tiles a rank: splitting would leave them unfilled
-        (16896, 24, H200_UNITS, 3),
-        (37376, 24, H200_UNITS, 6),
-        (37376, 4, H200_UNITS, 1),
-        (37376, 24, 0, 2),
-        (37376, 2, 0, 1),  # one head a rank
+        (4608, 24, H200_UNITS, (2, 0)),  # 36 tiles a head: 4 heads fill the device, too many of 12
+        (16896, 24, H200_UNITS, (3, 1)),
+        (9000, 24, H200_UNITS, (3, 2)),  # 71 tiles a head
+        (37376, 4, H200_UNITS, (2, 0)),
+        (37376, 24, 0, (2, 0)),
+        (37376, 2, 0, (1, 0)),  # one head a rank
     ],
 )
-def test_head_groups(rows: int, heads: int, num_units: int, expected: int) -> None:
+def test_head_groups(rows: int, heads: int, num_units: int, expected: tuple[int, int]) -> None:
     assert pipelined_groups(shape(rows, heads), Mesh(torus=2), num_units) == expected
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Plan, split_evenly
+from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Plan
 from swiftfusion_xdit.schedule import build
 from swiftfusion_xdit.schedule.steps import Attend, Block, Copy, Put
 from tests.meshes import meshes_up_to
@@ -94,8 +94,3 @@ def test_heads_are_split_evenly_and_flags_are_distinct(plan: Plan) -> None:
         ]
         assert len(set(indices)) == len(indices)
         assert all(0 <= index < plan.num_flags for index in indices)
-
-
-def test_split_evenly() -> None:
-    assert split_evenly(range(10, 17), 3) == [range(10, 13), range(13, 15), range(15, 17)]
-    assert split_evenly(range(2), 3) == [range(1), range(1, 2), range(2, 2)]

@@ -248,9 +248,9 @@ def test_output_never_sent_home() -> None:
 
 def test_result_with_missing_heads() -> None:
     def edit(steps: list[Step]) -> None:
+        del steps[find(steps, Release, tensor="o")]
         index = find(steps, Collect)
-        del steps[index : index + 2]  # the collect and the release after it
-        del steps[index - 1]  # and its wait
+        del steps[index - 1 : index + 1]  # its wait, and the collect
 
     assert_rejected(edit, r"rank 0: (output heads \[1\] missing|never waits for o)")
 
@@ -262,8 +262,9 @@ def test_operand_not_contiguous_in_memory() -> None:
     joined = replace(attends[1], keys=(attends[0].keys[0], attends[2].keys[0]))
     steps = [step for step in program.steps if step not in (attends[0], attends[2])]
     steps[steps.index(attends[1])] = joined
-    waits = [step for step in steps if isinstance(step, Copy | Wait)]
-    rest = [step for step in steps if not isinstance(step, Copy | Wait | Release)]
-    broken = replace(program, steps=(*waits, *rest))
+    copies = [Copy("ring[0]", "compute", Block(name, 0, 0)) for name in ("k", "v")]
+    waits = [step for step in steps if isinstance(step, Wait)]
+    rest = [step for step in steps if not isinstance(step, Wait | Release)]
+    broken = replace(program, steps=(*copies, *waits, *rest))
     with pytest.raises(ScheduleError, match=r"operand \(0, 1\) is not contiguous"):
         check(replace(schedule, programs=(broken, *schedule.programs[1:])))

@@ -1,4 +1,4 @@
-"""Attention goes in whole waves of 128-row tiles; copies and merges by their bytes."""
+"""Attention goes in whole waves of tiles; copies and merges by their bytes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from swiftfusion_xdit.simulate.cost import Costs
 from swiftfusion_xdit.simulate.hardware import Link
 from tests.simulate_cases import REAL_GPU
 
+RATE = REAL_GPU.attention_rate(128) * 1e6  # FLOP a microsecond
 COSTS = Costs(dataclasses.replace(REAL_GPU, num_units=10, kernel_us=0.0))
 
 
 def _attend(rows: int, heads: int = 1, batch: int = 1) -> float:
     return COSTS.attend_us(
-        query_rows=rows, key_rows=1000, num_heads=heads, head_dim=64, batch=batch
+        query_rows=rows, key_rows=1000, num_heads=heads, head_dim=128, batch=batch
     )
 
 
 def test_a_partly_filled_wave_costs_a_full_one() -> None:
-    full = 4.0 * 1280 * 1000 * 64 / 190e6
+    full = 4.0 * 1280 * 1000 * 128 / RATE
     assert _attend(1280) == pytest.approx(full)
     assert _attend(1) == pytest.approx(full)
     assert _attend(1281) == pytest.approx(2 * full)

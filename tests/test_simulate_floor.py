@@ -19,7 +19,7 @@ def test_free_links_leave_the_floor(
 ) -> None:
     # Four heads a group and whole tiles: every call of every schedule is whole waves.
     heads = 8 * mesh.num_head_groups
-    shape = LayerShape.even(mesh.size, sequence=256 * mesh.size, num_heads=heads, head_dim=64)
+    shape = LayerShape.even(mesh.size, sequence=256 * mesh.size, num_heads=heads, head_dim=128)
     groups = 2 if schedule == "pipelined" else 1
     case = Case(schedule, mesh, shape, transport, groups, symmetric)
     layer = case.simulate(make_cluster(mesh, gpu=IDEAL_GPU), free_links=True)

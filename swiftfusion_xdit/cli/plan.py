@@ -247,6 +247,7 @@ def _names(candidate: Candidate) -> dict[str, Any]:
         "mesh": candidate.mesh.as_dict(),
         "schedule": candidate.schedule,
         "head_groups_per_rank": candidate.groups_per_rank,
+        "edge_heads": candidate.edge_heads,
     }
 
 

@@ -266,7 +266,7 @@ def measured_tables(cluster: Cluster) -> list[Table]:
             [row.shape, row.what, f"{row.measured:.3f}", simulated, f"{row.error:+.1%}", note]
         )
     title = (
-        f"Layer time over the floor on two H200: worst error {max(errors):.1%}, "
+        f"Layer time over the floor on two H200, ours on two H100: worst error {max(errors):.1%}, "
         "where the host does not bound"
     )
     return [Table(title, ("shape", "layer", "measured", "simulated", "error", ""), rows)]

@@ -99,11 +99,6 @@ class Driver:
         word = (pointer, ctypes.c_uint64, ctypes.c_uint32, flags)
         self._write32 = self._bind(self._cuda, "cuStreamWriteValue32_v2", word)
         self._wait32 = self._bind(self._cuda, "cuStreamWaitValue32_v2", word)
-        self._write64 = self._bind(
-            self._cuda,
-            "cuStreamWriteValue64_v2",
-            (pointer, ctypes.c_uint64, ctypes.c_uint64, flags),
-        )
         self._memcpy = self._bind(
             self._runtime, "cudaMemcpyAsync", (pointer, pointer, size, ctypes.c_int, pointer)
         )
@@ -130,11 +125,6 @@ class Driver:
         """Write a word in stream order that orders no other memory."""
         code = self._write32(stream, address, value, _NO_MEMORY_BARRIER)
         self._check("cuStreamWriteValue32", code)
-
-    def note64(self, stream: int, address: int, value: int) -> None:
-        """Write two neighbouring words at once; orders no other memory."""
-        code = self._write64(stream, address, value, _NO_MEMORY_BARRIER)
-        self._check("cuStreamWriteValue64", code)
 
     def wait32(self, stream: int, address: int, value: int) -> None:
         """Hold the stream until the word has this value."""

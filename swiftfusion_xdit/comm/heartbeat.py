@@ -6,7 +6,7 @@ on every replay. Nothing here synchronises with the device.
 | note | written | means |
 |---|---|---|
 | in flight | 1 when a layer begins, 0 when it has ended | the device is inside a layer |
-| beat | 1 both times; the host clears it | a layer has begun or ended since |
+| beat | 1 when a layer begins; the host clears it | a layer has begun since |
 | lane | a token before a wait, 0 after it | the flag that this stream waits for |
 
 A lane belongs to one stream at a time. Lanes 0 to 3 are for the streams of a compiled program, the
@@ -35,7 +35,6 @@ MAX_BUFFERS = (1 << 32 - FLAG_BITS) - 1
 READ_TIMEOUT_S = 2.0
 
 _LANE_OFFSET = 64
-_BEAT_AND = 1 << 32
 
 
 class FlagMemory(Protocol):
@@ -76,13 +75,13 @@ class Heartbeat:
         self._lane_of: dict[int, int] = {}
         self._reader = _FlagReader(device)
 
-    def begin(self, stream: int) -> None:
-        """Note, in stream order, that a layer begins."""
-        self._driver.note64(stream, self._address, _BEAT_AND | 1)
+    def begin_notes(self) -> list[tuple[int, int]]:
+        """(address, value) of the words to write, in order, when a layer begins."""
+        return [(self._address, 1), (self._address + 4, 1)]
 
-    def end(self, stream: int) -> None:
-        """Note, in stream order, that the layer has ended."""
-        self._driver.note64(stream, self._address, _BEAT_AND | 0)
+    def end_notes(self) -> list[tuple[int, int]]:
+        """The same for when it has ended."""
+        return [(self._address, 0)]
 
     def lane_address(self, lane: int) -> int:
         """Where the stream of a compiled program notes what it waits for: an aligned uint32."""

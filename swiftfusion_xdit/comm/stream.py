@@ -174,14 +174,14 @@ class StreamCommunicator(Communicator):
         self._processes = processes
         self._board: Board | StoreBoard | None = board
         self._closed = False
-        self._layer_context = ""
+        self.layer_context = ""  # what the device is doing, for the watchdog's report
         self.heartbeat = Heartbeat(device, lambda: list(self._buffers))
         self.watchdog = Watchdog(
             self.heartbeat,
             processes,
             rank=self.rank,
             timeout_s=timeout_s,
-            context=lambda: self._layer_context,
+            context=lambda: self.layer_context,
             on_failure=on_failure,
         )
         self.watchdog.start()
@@ -250,11 +250,15 @@ class StreamCommunicator(Communicator):
         buffer.flag_names = {flag.index: (flag, peer) for flag, peer in flags}
 
     def begin_layer(self, buffer: SymmetricBuffer, context: str, *, parity: int = 0) -> None:
-        self._layer_context = context
-        self.heartbeat.begin(self._stream())
+        self.layer_context = context
+        self._note(self.heartbeat.begin_notes())
 
     def end_layer(self, buffer: SymmetricBuffer) -> None:
-        self.heartbeat.end(self._stream())
+        self._note(self.heartbeat.end_notes())
+
+    def _note(self, notes: Sequence[tuple[int, int]]) -> None:
+        for address, value in notes:
+            self._driver.note32(self._stream(), address, value)
 
     def post(self, words: tuple[int, int]) -> None:
         """As in the base class, from the host at once: not ordered with any stream."""

@@ -134,24 +134,18 @@ class Native:
         *,
         batch_flags: bool = True,
         plane_loop: bool = False,
-        kernel_copy_bytes: int = 0,
     ) -> Program:
         """Compile a program on the current device.
 
         Args:
             batch_flags: consecutive flag ops of a stream in one driver call; False for one each.
             plane_loop: one 2D copy per plane where a 3D copy would do.
-            kernel_copy_bytes: two or more consecutive, independent copies of a stream that
-                together move at most this much are one kernel; 0 keeps to the copy engines.
 
         Raises:
             ValueError: an op that makes no sense; the message names it.
             NativeError: no driver, or no events.
         """
-        options = ProgramOptions(
-            flags=(0 if batch_flags else 1) | (2 if plane_loop else 0),
-            kernel_copy_bytes=kernel_copy_bytes,
-        )
+        options = ProgramOptions(flags=(0 if batch_flags else 1) | (2 if plane_loop else 0))
         events = (op.event for op in ops if op.kind in (OpKind.RECORD, OpKind.WAIT_EVENT))
         num_events = 1 + max(events, default=-1)
         handle = c_void_p()

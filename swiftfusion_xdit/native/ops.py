@@ -14,9 +14,11 @@ ABSOLUTE = -1  # as a base: the offset is the address
 class OpKind(IntEnum):
     COPY = 0
     WRITE = 1
-    WAIT_CLEAR = 2
+    WAIT = 2
     RECORD = 3
     WAIT_EVENT = 4
+    CLEAR = 5
+    COPY_KERNEL = 6
 
 
 class Place(NamedTuple):
@@ -60,10 +62,21 @@ class Op(ctypes.Structure):
         )
 
     @classmethod
-    def wait_clear(cls, stream: int, flag: Place, *, value: int = 1) -> Op:
-        """Hold the stream until a flag has a value, then clear it."""
+    def clear(cls, stream: int, flag: Place) -> Op:
+        """Set an own flag to 0, in stream order; later writes of the stream are seen after it."""
         return cls(
-            kind=OpKind.WAIT_CLEAR,
+            kind=OpKind.CLEAR,
+            stream=stream,
+            src_base=ABSOLUTE,
+            dst_base=flag.base,
+            dst_offset=flag.offset,
+        )
+
+    @classmethod
+    def wait(cls, stream: int, flag: Place, *, value: int = 1) -> Op:
+        """Hold the stream until a flag has a value."""
+        return cls(
+            kind=OpKind.WAIT,
             stream=stream,
             dst_base=ABSOLUTE,
             src_base=flag.base,
@@ -90,6 +103,7 @@ class Op(ctypes.Structure):
         src_stride: Sequence[int],
         dst_stride: Sequence[int],
         itemsize: int,
+        by_kernel: bool = False,
     ) -> list[Op]:
         """The copy of a strided array as the fewest ops: one, unless no two dims fold.
 
@@ -97,6 +111,7 @@ class Op(ctypes.Structure):
             src, dst: where element [0, ..., 0] lies.
             shape: up to 4 dims; none, and no op, if it has no elements.
             src_stride, dst_stride: in elements, not negative.
+            by_kernel: on multiprocessors, neighbours in one launch, rather than as CUDA sees fit.
         """
         dims = fold_dims(shape, src_stride, dst_stride, itemsize)
         if dims is None:
@@ -105,7 +120,7 @@ class Op(ctypes.Structure):
         outer += [(1, 0, 0)] * (2 - len(outer))
         rows, planes, *blocks = outer
         op = cls(
-            kind=OpKind.COPY,
+            kind=OpKind.COPY_KERNEL if by_kernel else OpKind.COPY,
             stream=stream,
             src_base=src.base,
             dst_base=dst.base,

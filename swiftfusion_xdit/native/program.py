@@ -35,6 +35,10 @@ class Program:
         self._bases[:] = list(bases)
         self._streams[:] = list(streams)
 
+    def set_base(self, index: int, address: int) -> None:
+        """Set one address of the table that `bind` sets."""
+        self._bases[index] = address
+
     def run(
         self,
         begin: int = 0,

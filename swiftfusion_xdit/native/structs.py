@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import c_int32, c_int64, c_uint32, c_void_p
 from typing import ClassVar
 
 from swiftfusion_xdit.native.ops import Op
@@ -19,7 +19,6 @@ class ProgramOptions(ctypes.Structure):
     _fields_: ClassVar = [
         ("flags", c_uint32),
         ("reserved", c_uint32),
-        ("kernel_copy_bytes", c_uint64),
     ]
 
 

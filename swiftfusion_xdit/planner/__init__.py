@@ -127,6 +127,7 @@ class Question:
             inside=transport,
             across=transport,
             groups_per_rank=candidate.groups_per_rank,
+            edge_heads=candidate.edge_heads,
             costs=Costs(
                 self.cluster.gpu,
                 merge_passes=1.0 if candidate.strategy == "torus" else STOCK_MERGE_PASSES,

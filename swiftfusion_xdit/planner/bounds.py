@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.mesh import Mesh, head_group_sizes
 from swiftfusion_xdit.planner.candidates import Candidate
 from swiftfusion_xdit.simulate.cost import FLOPS_PER_US, Costs
 from swiftfusion_xdit.simulate.hardware import BYTES_PER_US, Cluster
-from swiftfusion_xdit.simulate.sizes import BlockSizes, LayerShape, split_counts
+from swiftfusion_xdit.simulate.sizes import BlockSizes, LayerShape
 from swiftfusion_xdit.simulate.transport import Transport
 
 
@@ -47,7 +47,7 @@ def lower_bound_us(
         shape: even, see ``even_shape``.
     """
     mesh = candidate.mesh
-    attention_us = _attention_us(candidate, shape, cluster)
+    attention_us = _attention_us(candidate, shape, cluster, overlap=not transport.two_sided)
     ways = _ways(mesh, cluster, transport)
 
     def exchange_us(tensors: str) -> float:
@@ -64,14 +64,13 @@ def lower_bound_us(
     if candidate.schedule == "folded":
         # Only the stationary rows are attended while the others arrive.
         return max(everything_us, received_us + ideal_us * remote + sent_us)
-    # Nothing hides the first group's way in and the last one's way home.
-    heads = shape.num_heads // mesh.num_head_groups
-    parts = split_counts(heads, candidate.groups_per_rank)
-    home_us = sent_us * parts[-1] / heads
     if candidate.schedule == "usp":  # keys come in while others are attended
-        return max(everything_us, exchange_us("q") + attention_us + home_us)
-    first_us = received_us * parts[0] / heads + attention_us + home_us
-    last_us = received_us + ideal_us * parts[-1] / heads + home_us
+        return max(everything_us, exchange_us("q") + attention_us + sent_us)
+    # Nothing hides the first group's way in; the own queries hide the last one's way home.
+    heads = shape.num_heads // mesh.num_head_groups
+    parts = _group_sizes(candidate, heads)
+    first_us = received_us * parts[0] / heads + attention_us
+    last_us = received_us + ideal_us * parts[-1] / heads
     return max(everything_us, first_us, last_us)
 
 
@@ -122,22 +121,29 @@ def _ways(mesh: Mesh, cluster: Cluster, transport: Transport) -> list[Way]:
     ]
 
 
-def _attention_us(candidate: Candidate, shape: LayerShape, cluster: Cluster) -> float:
-    """The attention calls of one rank, which its compute stream runs one after another."""
+def _attention_us(
+    candidate: Candidate, shape: LayerShape, cluster: Cluster, *, overlap: bool
+) -> float:
+    """The attention calls of one rank: one after another, or as full as they fill the GPU."""
     mesh, costs = candidate.mesh, Costs(cluster.gpu)
     heads = shape.num_heads // mesh.num_head_groups
-    return sum(
-        times
-        * costs.attend_us(
-            query_rows=query_chunks * shape.query_lengths[0],
-            key_rows=key_chunks * shape.key_lengths[0],
-            num_heads=part,
-            head_dim=shape.head_dim,
-            batch=shape.batch,
-        )
-        for query_chunks, key_chunks, times in _calls(candidate.schedule, mesh)
-        for part in split_counts(heads, candidate.groups_per_rank)
-    )
+    total_us = 0.0
+    for query_chunks, key_chunks, times in _calls(candidate.schedule, mesh):
+        for part in _group_sizes(candidate, heads):
+            tiles = {
+                "query_rows": query_chunks * shape.query_lengths[0],
+                "num_heads": part,
+                "head_dim": shape.head_dim,
+                "batch": shape.batch,
+            }
+            one_us = costs.attend_us(**tiles, key_rows=key_chunks * shape.key_lengths[0])
+            share = costs.width(**tiles) if overlap else 1.0
+            total_us += times * share * one_us
+    return total_us
+
+
+def _group_sizes(candidate: Candidate, heads: int) -> list[int]:
+    return head_group_sizes(heads, candidate.groups_per_rank, edge_heads=candidate.edge_heads)
 
 
 def _calls(schedule: str, mesh: Mesh) -> list[tuple[int, int, int]]:

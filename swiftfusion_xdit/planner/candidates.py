@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from swiftfusion_xdit.topology import Topology
 STRATEGIES = ("usp", "tas", "torus")
 SCHEDULES = ("torus", "folded", "pipelined")
 PIPELINED_GROUPS = (1, 2, 3, 4, 6)
+EDGED_GROUPS = (3, 4)  # with few heads in the first and the last
+EDGE_HEADS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,15 @@ class Candidate:
     mesh: Mesh
     schedule: str
     groups_per_rank: int = 1
+    edge_heads: int = 0
 
     def __str__(self) -> str:
         text = f"{self.strategy} {self.mesh}"
         if self.strategy != "torus":
             return text
         groups = f" in {self.groups_per_rank} head groups" if self.groups_per_rank > 1 else ""
-        return f"{text} {self.schedule}{groups}"
+        edges = f" ({self.edge_heads} heads in the first and last)" if self.edge_heads else ""
+        return f"{text} {self.schedule}{groups}{edges}"
 
 
 def parse_degrees(degrees: Mesh | Mapping[str, int] | str | None) -> dict[str, int]:
@@ -141,9 +146,13 @@ def schedules_on(
         if name != "pipelined":
             yield Candidate(strategy, mesh, name)
             continue
+        heads = shape.num_heads // mesh.num_head_groups
         for groups in PIPELINED_GROUPS:
-            if groups <= shape.num_heads // mesh.num_head_groups:
+            if groups <= heads:
                 yield Candidate(strategy, mesh, name, groups)
+        for groups, edge in itertools.product(EDGED_GROUPS, EDGE_HEADS):
+            if edge * groups <= heads:
+                yield Candidate(strategy, mesh, name, groups, edge)
 
 
 def fits(cluster: Cluster, shape: LayerShape) -> None:

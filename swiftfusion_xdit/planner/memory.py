@@ -58,5 +58,6 @@ def symmetric_bytes(candidate: Candidate, shape: LayerShape) -> int:
 
     name, mesh, groups = candidate.schedule, candidate.mesh, candidate.groups_per_rank
     program = build_program(name, mesh, 0, groups_per_rank=groups)
-    plan = Plan(attention_shape(shape), Schedule(name, mesh, groups, (program,)))
+    schedule = Schedule(name, mesh, groups, (program,))
+    plan = Plan(attention_shape(shape), schedule, candidate.edge_heads)
     return NUM_PARITIES * Layout(plan, 0).layer_bytes

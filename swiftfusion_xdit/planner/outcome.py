@@ -58,6 +58,10 @@ class Choice:
     def groups_per_rank(self) -> int:
         return self.candidate.groups_per_rank
 
+    @property
+    def edge_heads(self) -> int:
+        return self.candidate.edge_heads
+
     def describe(self) -> str:
         """One line for a log."""
         found = self.prediction

@@ -9,7 +9,7 @@ from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.check import ScheduleError, check
 from swiftfusion_xdit.schedule.classic import ring, ulysses, usp
 from swiftfusion_xdit.schedule.folded import folded
-from swiftfusion_xdit.schedule.pipelined import pipelined
+from swiftfusion_xdit.schedule.pipelined import pipelined, whole_sequence
 from swiftfusion_xdit.schedule.steps import Program, Schedule
 from swiftfusion_xdit.schedule.torus import torus
 
@@ -22,7 +22,9 @@ BUILDERS: dict[str, Callable[..., Program]] = {
     "torus": torus,
     "folded": folded,
     "pipelined": pipelined,
+    "whole_sequence": whole_sequence,
 }
+GROUPED = (pipelined, whole_sequence)  # work through several head groups in turn
 
 
 @lru_cache(maxsize=64)
@@ -50,10 +52,10 @@ def build_program(name: str, mesh: Mesh, rank: int, *, groups_per_rank: int = 1)
     builder = BUILDERS.get(name)
     if builder is None:
         raise ValueError(f"schedule must be one of {sorted(BUILDERS)}, got {name!r}")
-    if groups_per_rank < 1 or (groups_per_rank > 1 and builder is not pipelined):
+    if groups_per_rank < 1 or (groups_per_rank > 1 and builder not in GROUPED):
         raise ValueError(
             "groups_per_rank must be 1, or more with schedule 'pipelined', "
             f"got {groups_per_rank} with {name!r}"
         )
-    options = {"groups_per_rank": groups_per_rank} if builder is pipelined else {}
+    options = {"groups_per_rank": groups_per_rank} if builder in GROUPED else {}
     return builder(mesh, rank, **options)

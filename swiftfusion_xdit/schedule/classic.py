@@ -23,7 +23,7 @@ def usp(mesh: Mesh, rank: int) -> Program:
     with b.stage("scatter_heads"):
         for offset in range(1, len(queries)):
             b.put("qkv", queries[(here + offset) % len(queries)], stream="torus")
-        b.copy_own()
+        b.copy_own(stream="compute")
         for chunk in queries:
             b.wait("qkv", chunk)
     left = mesh.rank(at.torus, at.ulysses, at.ring - 1)

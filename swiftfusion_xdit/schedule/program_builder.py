@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.steps import (
@@ -83,31 +84,48 @@ class ProgramBuilder:
             block = Block(tensor, chunk, self.heads(self.rank, group))
             self._steps.append(Wait(self._stage, stream, block, peer))
 
-    def copy_own(self, *, group: int = 0) -> None:
+    def copy_own(self, *, stream: Stream, group: int = 0) -> None:
         """Place the own rows among the received ones, where operands will span several chunks."""
         heads = self.heads(self.rank, group)
         tensors = ("q" if len(self.query_order) > 1 else "") + (
             "kv" if len(self.key_order) > 1 else ""
         )
         for tensor in _names(tensors):
-            self._steps.append(Copy(self._stage, "ring", Block(tensor, self.rank, heads)))
+            self._steps.append(Copy(self._stage, stream, Block(tensor, self.rank, heads)))
 
-    def attend(self, queries: Iterable[int], keys: Iterable[int], *, group: int = 0) -> None:
+    def attend(
+        self,
+        queries: Iterable[int],
+        keys: Iterable[int],
+        *,
+        stream: Stream = "compute",
+        group: int = 0,
+    ) -> None:
         heads = self.heads(self.rank, group)
-        self._steps.append(Attend(self._stage, "compute", tuple(queries), tuple(keys), heads))
+        self._steps.append(Attend(self._stage, stream, tuple(queries), tuple(keys), heads))
 
-    def merge_and_push(self, queries: Sequence[int], *, stream: Stream, group: int = 0) -> None:
+    def merge_and_push(
+        self,
+        queries: Sequence[int],
+        *,
+        stream: Stream,
+        merge_stream: Stream = "compute",
+        own_stream: Stream = "compute",
+        group: int = 0,
+    ) -> None:
         """Finish the output of these query chunks and send home what is not this rank's.
 
-        Every rank begins with its own neighbour: were all to begin with the same rank, they would
-        queue there.
+        What others wait for comes first. Every rank begins with its own neighbour: were all to
+        begin with the same rank, they would queue there.
         """
         heads = self.heads(self.rank, group)
-        self._steps.append(Merge(self._stage, "compute", tuple(queries), heads))
-        for chunk in sorted(queries, key=self._offset):
-            if chunk != self.rank:
-                block = Block("o", chunk, heads)
-                self._steps.append(Put(self._stage, stream, block, chunk))
+        others = tuple(chunk for chunk in queries if chunk != self.rank)
+        if others:
+            self._steps.append(Merge(self._stage, merge_stream, others, heads))
+        for chunk in sorted(others, key=self._offset):
+            self._steps.append(Put(self._stage, stream, Block("o", chunk, heads), chunk))
+        if len(others) < len(queries):
+            self._steps.append(Merge(self._stage, own_stream, (self.rank,), heads))
 
     def _offset(self, rank: int) -> tuple[int, int]:
         """How far on the machines and in the machine a rank that shares the ring place is."""
@@ -119,32 +137,29 @@ class ProgramBuilder:
         """Take home this rank's output rows from every rank that attended them."""
         with self.stage("collect_o"):
             for group in range(self.groups_per_rank):
-                for peer in self.query_order:
-                    if peer == self.rank:
-                        continue
-                    block = Block("o", self.rank, self.heads(peer, group))
+                peers = [peer for peer in self.query_order if peer != self.rank]
+                blocks = [Block("o", self.rank, self.heads(peer, group)) for peer in peers]
+                for block, peer in zip(blocks, peers, strict=True):
                     self._steps.append(Wait(self._stage, "compute", block, peer))
-                    self._steps.append(Collect(self._stage, "compute", block))
+                self._steps += [Collect(self._stage, "compute", block) for block in blocks]
 
     def finish(self) -> Program:
-        """The program, with every slot released right after its last reader."""
-        program = Program(self.rank, self.query_order, self.key_order, tuple(self._steps))
-        last_reader: dict[Block, int] = {}
-        for index, step in enumerate(program.steps):
-            for block in program.reads(step):
-                last_reader[block] = index
-        released: dict[int, list[Release]] = {}
-        for step in program.steps:
-            if isinstance(step, Wait):
-                index = last_reader[step.block]
-                reader = program.steps[index]
-                release = Release(reader.stage, reader.stream, step.block, step.peer)
-                released.setdefault(index, []).append(release)
-        steps: list[Step] = []
-        for index, step in enumerate(program.steps):
-            steps.append(step)
-            steps.extend(released.get(index, ()))
-        return Program(self.rank, self.query_order, self.key_order, tuple(steps))
+        """The program, with every slot released at its end, and without copies nobody reads.
+
+        Nobody waits for a release before the layer after next, so it holds up nothing that
+        somebody does wait for: it follows the last puts, or the last collect of outputs.
+        """
+        waits = [step for step in self._steps if isinstance(step, Wait)]
+        releases: list[Step] = []
+        for step in waits:
+            stream: Stream = "torus" if self.mesh.torus > 1 else "ring"
+            if step.block.tensor == "o":
+                stream = "compute"
+            releases.append(Release("release", stream, step.block, step.peer))
+        program = Program(self.rank, self.query_order, self.key_order, (*self._steps, *releases))
+        read = {block for step in program.steps for block in program.reads(step)}
+        steps = [step for step in program.steps if not isinstance(step, Copy) or step.block in read]
+        return replace(program, steps=tuple(steps))
 
 
 def _names(tensors: str) -> Iterator[TensorName]:

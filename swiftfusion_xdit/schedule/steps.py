@@ -21,7 +21,9 @@ from typing import ClassVar, Literal, NamedTuple
 from swiftfusion_xdit.mesh import Mesh
 
 TensorName = Literal["q", "k", "v", "o"]
-Stream = Literal["compute", "ring", "torus"]
+# Attention calls that may overlap take turns on the two compute streams; what stays in the machine
+# moves on `ring`, what crosses on `torus`.
+Stream = Literal["compute", "compute2", "ring", "torus"]
 
 
 class Block(NamedTuple):

@@ -10,15 +10,17 @@ Source: SwiftFusion (arXiv 2601.20273), Torus Attention. With T machines and ran
 3. *Push O*: send the remote queries' output home while the stationary queries attend the remote
    keys, which are all here.
 
-Inside a machine keys go round the ring: each rank puts its own rows to every rank that will attend
-them, and hands on what it receives from another machine, so that a row crosses machines once.
+Stationary and remote queries have a compute stream each: where one's last tiles leave units idle,
+the other's begin. Inside a machine keys go round the ring: each rank puts its own rows to every
+rank that will attend them, and hands on what it receives from another machine, so that a row
+crosses machines once.
 """
 
 from __future__ import annotations
 
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.program_builder import ProgramBuilder
-from swiftfusion_xdit.schedule.steps import Program
+from swiftfusion_xdit.schedule.steps import Program, Stream
 
 
 class MachineChunks:
@@ -61,25 +63,25 @@ def torus(mesh: Mesh, rank: int) -> Program:
     remote = range(1, mesh.torus)
 
     scatter(b)
-    stationary(b, chunks)
+    stationary(b, chunks, copy_stream="compute2" if remote else "compute")
     for i in remote:
         with b.stage(f"pull_q[{i}]"):
             for chunk in chunks.queries(i):
-                b.wait("q", chunk)
+                b.wait("q", chunk, stream="compute2")
             if i == mesh.torus - 1:
                 relay_keys(b, chunks, 1)
-            b.attend(chunks.queries(i), chunks.keys(0))
+            b.attend(chunks.queries(i), chunks.keys(0), stream="compute2")
 
     for i in remote:
         with b.stage(f"pull_kv[{i}]"):
             if i + 1 in remote:
                 relay_keys(b, chunks, i + 1)
-            wait_relayed_keys(b, chunks, i)
-            b.attend(chunks.queries(*remote), chunks.keys(i))
+            wait_relayed_keys(b, chunks, i, stream="compute2")
+            b.attend(chunks.queries(*remote), chunks.keys(i), stream="compute2")
 
     with b.stage("push_o"):
         if remote:
-            b.merge_and_push(chunks.queries(*remote), stream="torus")
+            b.merge_and_push(chunks.queries(*remote), stream="torus", merge_stream="compute2")
             b.attend(chunks.queries(0), chunks.keys(*remote))
         b.merge_and_push(chunks.queries(0), stream="ring")
     b.collect_output()
@@ -104,10 +106,12 @@ def scatter(b: ProgramBuilder, *, group: int = 0) -> None:
                     b.put(tensors, mesh.rank(t - i, u + v, r), stream="torus", group=group)
 
 
-def stationary(b: ProgramBuilder, chunks: MachineChunks) -> None:
+def stationary(
+    b: ProgramBuilder, chunks: MachineChunks, *, copy_stream: Stream = "compute"
+) -> None:
     """Attend the queries of the own machine with its keys, one ring step after another."""
     with b.stage("pull_q[0]"):
-        b.copy_own()
+        b.copy_own(stream=copy_stream)
         for chunk in chunks.queries(0):
             b.wait("q", chunk)
         for s in range(b.mesh.ring):
@@ -127,10 +131,17 @@ def relay_keys(b: ProgramBuilder, chunks: MachineChunks, i: int, *, group: int =
             b.relay("kv", chunk, peer, stream="ring", group=group)
 
 
-def wait_relayed_keys(b: ProgramBuilder, chunks: MachineChunks, i: int, *, group: int = 0) -> None:
+def wait_relayed_keys(
+    b: ProgramBuilder,
+    chunks: MachineChunks,
+    i: int,
+    *,
+    stream: Stream = "compute",
+    group: int = 0,
+) -> None:
     """Wait for the keys of machine t + i that entered at the other ranks of the ring."""
     mesh, at = b.mesh, b.at
     for s in range(1, mesh.ring):
         source = mesh.rank(at.torus, at.ulysses, at.ring - s)
         for chunk in chunks.ring_step(i, s):
-            b.wait("kv", chunk, source=source, group=group)
+            b.wait("kv", chunk, source=source, stream=stream, group=group)

@@ -7,17 +7,25 @@ from dataclasses import dataclass
 
 from swiftfusion_xdit.simulate.hardware import BYTES_PER_US, Gpu
 
-TILE_ROWS = 128  # query rows that one unit of a GPU attends at a time
+# Of what one attention call leaves idle, what another gets: chosen on what two GPUs measured, where
+# calls on two streams take a little longer than one whose tiles fill all waves.
+FILLED = 0.9
 LSE_BYTES = 4
 FLOPS_PER_US = 1e6  # of one TFLOP/s
+
+
+def tile_rows(head_dim: int) -> int:
+    """Query rows that one unit of a GPU attends at a time, as FlashAttention cuts on Hopper."""
+    return 192 if head_dim <= 64 else 128
 
 
 @dataclass(frozen=True)
 class Costs:
     """Durations on ``gpu``.
 
-    An attention call is whole waves of tiles: ``num_units`` tiles of 128 query rows of one head
-    run at a time, and the last wave takes as long as a full one. Copies and merges take their
+    An attention call is whole waves of tiles: ``num_units`` tiles of some query rows of one head
+    run at a time, and the last wave takes as long as a full one; of what it leaves idle another
+    call gets a part. Copies and merges take their
     bytes over the memory's bandwidth. ``free_compute`` makes all of that take no time.
 
     ``merge_passes`` multiplies the bytes of a merge: 1 for a fused kernel that reads every partial
@@ -34,11 +42,24 @@ class Costs:
         """One attention call over ``num_heads`` heads."""
         if self.free_compute or not query_rows * key_rows * num_heads:
             return 0.0
-        tiles = math.ceil(query_rows / TILE_ROWS) * num_heads * batch
-        waves = math.ceil(tiles / self.gpu.num_units)
-        flops_per_wave = 4.0 * TILE_ROWS * key_rows * head_dim * self.gpu.num_units
+        waves = math.ceil(
+            self.waves(query_rows=query_rows, num_heads=num_heads, head_dim=head_dim, batch=batch)
+        )
+        flops_per_wave = 4.0 * tile_rows(head_dim) * key_rows * head_dim * self.gpu.num_units
         rate = self.gpu.attention_rate(head_dim) * FLOPS_PER_US
         return self.gpu.kernel_us + waves * flops_per_wave / rate
+
+    def waves(self, *, query_rows: int, num_heads: int, head_dim: int, batch: int = 1) -> float:
+        """How often the tiles of an attention call fill all units."""
+        tiles = math.ceil(query_rows / tile_rows(head_dim)) * num_heads * batch
+        return tiles / self.gpu.num_units
+
+    def width(self, *, query_rows: int, num_heads: int, head_dim: int, batch: int = 1) -> float:
+        """The part of the GPU that another attention call does not get, on average."""
+        waves = self.waves(
+            query_rows=query_rows, num_heads=num_heads, head_dim=head_dim, batch=batch
+        )
+        return 1.0 - FILLED * (1.0 - waves / math.ceil(waves)) if waves else 1.0
 
     def copy_us(self, num_bytes: float) -> float:
         """Copy ``num_bytes`` inside the GPU: each is read and written."""

@@ -1,10 +1,11 @@
 """Event simulation of operations that wait for one another and share links and GPUs.
 
 An operation starts when all that it follows is done. What it then costs is a fixed time, a share
-of its GPU (attention calls, which go slower while transfers hold units) or a share of the links
-that it crosses (transfers). Shares are max-min fair: links are filled evenly until one is full,
-those who cross it keep what they have, and the others go on. Times are in microseconds, bytes are
-bytes, rates bytes a microsecond. Nothing is random and ties go by creation order.
+of its GPU (attention calls, which go slower while transfers hold units, and of which a later one
+takes what earlier ones leave) or a share of the links that it crosses (transfers). Shares of links
+are max-min fair: links are filled evenly until one is full, those who cross it keep what they have,
+and the others go on. Times are in microseconds, bytes are bytes, rates bytes a microsecond. Nothing
+is random and ties go by creation order.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ _SAME_TIME = 1e-9  # relative: what ends this close together ends together
 class Op:
     """One operation. ``stream`` names the lane that it is drawn in.
 
-    ``delay_us`` passes first; then ``attend_us`` of the whole GPU, or ``num_bytes`` over ``links``.
-    From its start on, ``holds`` more units of its GPU (fewer, if negative) are taken from
-    attention. ``engine`` is a counted resource of which it occupies one. ``since`` is where what it
-    ends began, for drawing.
+    ``delay_us`` passes first; then ``attend_us`` of an attention call (of another kernel, if not
+    ``attends``) that keeps a part ``width`` of its GPU busy, or ``num_bytes`` over ``links``. From
+    its start on, ``holds`` more units of its GPU (fewer, if negative) are taken from attention.
+    ``engine`` is a counted resource of which it occupies one. ``since`` is where what it ends
+    began, for drawing.
     """
 
     rank: int
@@ -34,6 +36,8 @@ class Op:
     name: str
     delay_us: float = 0.0
     attend_us: float = 0.0
+    attends: bool = True
+    width: float = 1.0
     num_bytes: float = 0.0
     links: tuple[Resource, ...] = ()
     ends: tuple[int, ...] = ()  # ranks at both ends of a transfer
@@ -139,7 +143,7 @@ class Engine:
         if op.attend_us > 0:
             op.left = op.attend_us
             self._attending[op.index] = op
-            self._busy[op.rank] += 1
+            self._busy[op.rank] += op.attends
             self._dirty = True
         elif op.num_bytes > 0 and any(link in self.capacity for link in op.links):
             op.left = op.num_bytes
@@ -154,7 +158,7 @@ class Engine:
         if self._flows.pop(op.index, None) or self._attending.pop(op.index, None):
             self._dirty = True
         if op.attend_us > 0:
-            self._busy[op.rank] -= 1
+            self._busy[op.rank] -= op.attends
         if op.engine is not None:
             self.free_engines[op.engine] += 1
             if self._queues[op.engine]:
@@ -189,9 +193,13 @@ class Engine:
 
     def _set_rates(self) -> None:
         self._dirty = False
-        for op in self._attending.values():
+        left: dict[int, float] = {}
+        for op in self._attending.values():  # in the order in which they began
             # Attention keeps at least one unit, or nothing would ever end.
-            op.rate = max(1, self.num_units - self._held[op.rank]) / self.num_units
+            units = max(1, self.num_units - self._held[op.rank]) / self.num_units
+            taken = min(op.width * units, left.setdefault(op.rank, units))
+            left[op.rank] -= taken
+            op.rate = taken / op.width
         fair = fair_rates({op.index: op.links for op in self._flows.values()}, self.capacity)
         for op in self._flows.values():
             slowed = op.under_compute < 1 and any(self._busy[rank] for rank in op.ends)

@@ -85,6 +85,7 @@ def simulate_layer(
     inside: Transport,
     across: Transport,
     groups_per_rank: int = 1,
+    edge_heads: int = 0,
     num_layers: int = 1,
     symmetric: bool | None = None,
     costs: Costs | None = None,
@@ -95,6 +96,7 @@ def simulate_layer(
     Args:
         schedule: a key of ``schedule.BUILDERS``.
         inside, across: transports inside a machine and across.
+        groups_per_rank, edge_heads: head groups, see ``mesh.head_group_sizes``.
         symmetric: let one rank stand for all; None: where that is possible.
         costs: of local work; by default those of the cluster's GPU with fused merges.
         free_links: communication takes no time.
@@ -105,7 +107,7 @@ def simulate_layer(
     """
     if num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-    sizes = BlockSizes(shape, mesh, groups_per_rank)
+    sizes = BlockSizes(shape, mesh, groups_per_rank, edge_heads)
     mesh.require(num_ranks=cluster.num_ranks, num_heads=shape.num_heads)
     wiring = wire(schedule, sizes, cluster.topology, symmetric=symmetric)
     fabric = Fabric(
@@ -155,8 +157,10 @@ def floor_us(sizes: BlockSizes, costs: Costs, rank: int) -> float:
 
 
 def _attention_us(graph: OpGraph, rank: int) -> float:
-    """The attention calls of a rank at full rate."""
-    return sum(op.attend_us for op in graph.ops if op.rank == rank)
+    """The attention calls of a rank at full rate; calls that may overlap as full as they are."""
+    calls = [op for op in graph.ops if op.rank == rank and op.attend_us and op.attends]
+    overlap = len({op.stream for op in calls}) > 1
+    return sum(op.attend_us * (op.width if overlap else 1.0) for op in calls)
 
 
 def _bytes_across(setting: Setting, rank: int) -> float:

@@ -10,6 +10,7 @@ another.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from swiftfusion_xdit.schedule.hazards import dependencies
 from swiftfusion_xdit.schedule.steps import (
@@ -47,6 +48,8 @@ class GraphBuilder:
             rank = program.rank
             after = [before.ends[rank]] if before else []
             begin = self.graph.add(Op(rank, "compute", "layer", drawn=False), after)
+            if not self.setting.free_links:
+                begin.delay_us = max(self.setting.inside.layer_us, self.setting.across.layer_us)
             self._barrier(begin)
             layer.begins[rank] = begin
             self._add_program(program, layer, begin)
@@ -62,14 +65,17 @@ class GraphBuilder:
         setting = self.setting
         if setting.across.barriers and not setting.free_links:
             link = setting.cluster.across or setting.cluster.inside
-            begin.delay_us = math.ceil(math.log2(setting.cluster.num_ranks)) * link.latency_us
+            begin.delay_us += math.ceil(math.log2(setting.cluster.num_ranks)) * link.latency_us
             begin.name, begin.drawn = "barrier", True
 
     def _add_program(self, program: Program, layer: Layer, begin: Op) -> None:
         last: dict[str, Op] = {}
         ops: list[Op] = []
         partials: dict[tuple[int, int], int] = {}
+        two_sided = self.setting.inside.two_sided or self.setting.across.two_sided
         for step, needed in zip(program.steps, dependencies(program), strict=True):
+            if two_sided and step.stream == "compute2":  # they run on the caller's stream alone
+                step = replace(step, stream="compute")
             after = [last.get(step.stream, begin), *(ops[index] for index in needed)]
             if isinstance(step, Put):
                 op = self._put(program, step, layer, after)
@@ -100,18 +106,24 @@ class GraphBuilder:
             for chunk in step.queries:
                 key = (chunk, step.heads)
                 partials[key] = partials.get(key, 0) + 1
-            op.attend_us = costs.attend_us(
-                query_rows=sizes.rows("q", step.queries),
-                key_rows=sizes.rows("k", step.keys),
-                num_heads=sizes.num_heads("q", step.heads),
-                head_dim=shape.head_dim,
-                batch=shape.batch,
-            )
+            tiles = {
+                "query_rows": sizes.rows("q", step.queries),
+                "num_heads": sizes.num_heads("q", step.heads),
+                "head_dim": shape.head_dim,
+                "batch": shape.batch,
+            }
+            op.attend_us = costs.attend_us(**tiles, key_rows=sizes.rows("k", step.keys))
+            op.width = costs.width(**tiles)
         elif isinstance(step, Copy | Collect):
-            op.delay_us = self.setting.own_passes * costs.copy_us(sizes.block_bytes(step.block))
+            self._kernel(op, self.setting.own_passes * costs.copy_us(sizes.block_bytes(step.block)))
         elif isinstance(step, Merge):
-            op.delay_us = self._merge_us(program.rank, step, partials)
+            self._kernel(op, self._merge_us(program.rank, step, partials))
         return op
+
+    def _kernel(self, op: Op, total_us: float) -> None:
+        """A kernel that shares the GPU with attention, after its launch."""
+        op.delay_us = min(total_us, self.setting.costs.gpu.kernel_us)
+        op.attend_us, op.attends = total_us - op.delay_us, False
 
     def _merge_us(self, rank: int, step: Merge, partials: dict[tuple[int, int], int]) -> float:
         sizes, costs = self.setting.sizes, self.setting.costs

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
 
-from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.mesh import Mesh, head_group_sizes, split_counts
 from swiftfusion_xdit.schedule.steps import Block
 from swiftfusion_xdit.simulate.hardware import require_positive
 
@@ -70,22 +69,26 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """A layer's shape on a mesh whose ranks work through ``groups_per_rank`` head groups each."""
+    """A layer's shape on a mesh whose ranks work through ``groups_per_rank`` head groups each.
+
+    ``edge_heads``: of the first and the last group, see ``mesh.head_group_sizes``.
+    """
 
     shape: LayerShape
     mesh: Mesh
     groups_per_rank: int = 1
+    edge_heads: int = 0
 
     def __post_init__(self) -> None:
         self.mesh.require(num_ranks=len(self.shape.query_lengths), num_heads=self.shape.num_heads)
 
     @cached_property
     def head_ranges(self) -> tuple[range, ...]:
-        """The query heads of every group: as even as possible, the larger groups first."""
+        """The query heads of every group."""
         fine: list[range] = []
         start = 0
         for coarse in split_counts(self.shape.num_heads, self.mesh.num_head_groups):
-            for count in split_counts(coarse, self.groups_per_rank):
+            for count in head_group_sizes(coarse, self.groups_per_rank, edge_heads=self.edge_heads):
                 fine.append(range(start, start + count))
                 start += count
         return tuple(fine)
@@ -116,10 +119,3 @@ class BlockSizes:
         even_heads = self.shape.num_heads % self.mesh.num_head_groups == 0
         even_groups = self.shape.num_kv_heads % self.mesh.num_head_groups == 0
         return self.shape.is_even and even_heads and even_groups
-
-
-def split_counts(total: int, num_parts: int) -> list[int]:
-    """Sizes of consecutive parts that differ by at most one, the larger ones first."""
-    size, larger = divmod(total, num_parts)
-    ends = list(accumulate((size + (i < larger) for i in range(num_parts)), initial=0))
-    return [end - start for start, end in pairwise(ends)]

@@ -43,6 +43,7 @@ class Transport:
             buffers; keys that are handed on are contiguous already.
         by_tensor: in a scatter of heads q, k, v travel one after another, each a batch.
         barriers: all ranks meet before and after each layer.
+        layer_us: what a layer takes beside its steps: streams fork and join, flags are seen.
     """
 
     name: str
@@ -54,11 +55,16 @@ class Transport:
     pack_passes: int = 0
     by_tensor: bool = False
     barriers: bool = False
+    layer_us: float = 0.0
 
     def __post_init__(self) -> None:
         owner = f"transport {self.name}"
         require_positive(
-            owner, allow_zero=True, held_units=self.held_units, pack_passes=self.pack_passes
+            owner,
+            allow_zero=True,
+            held_units=self.held_units,
+            pack_passes=self.pack_passes,
+            layer_us=self.layer_us,
         )
         require_positive(owner, under_compute=self.under_compute)
         if self.held_units and not self.two_sided:
@@ -89,13 +95,14 @@ CONSTANTS = Constants()
 # is 33 us beyond the link's latency, then 0.81 of what copy engines reach.
 NCCL_START_US = 33.0
 NCCL_INSIDE = PathUse(0.81, NCCL_START_US)
+ONE_SIDED_LAYER_US = 20.0  # between the kernels of two layers, on two H100 in a CUDA graph
 NCCL_UNITS = 16  # blocks of a point-to-point kernel
 
 
 def one_sided(constants: Constants = CONSTANTS, *, barriers: bool = False) -> Transport:
     """Copy engines inside a machine, NVSHMEM puts across."""
     across = PathUse(constants.one_sided_fraction)
-    return Transport("one-sided", across=across, barriers=barriers)
+    return Transport("one-sided", across=across, barriers=barriers, layer_us=ONE_SIDED_LAYER_US)
 
 
 def nccl(constants: Constants = CONSTANTS) -> Transport:

@@ -43,7 +43,9 @@ def empty(
     return memory.permute([layout.index(x) for x in "bshd"])[:, :, pad_heads:]
 
 
-def copy_ops(stream: int, src: tuple[int, Tensor], dst: tuple[int, Tensor]) -> list[Op]:
+def copy_ops(
+    stream: int, src: tuple[int, Tensor], dst: tuple[int, Tensor], *, by_kernel: bool = False
+) -> list[Op]:
     """A copy between tensors whose addresses are entries of the table of bases."""
     return Op.copies(
         stream,
@@ -53,6 +55,7 @@ def copy_ops(stream: int, src: tuple[int, Tensor], dst: tuple[int, Tensor]) -> l
         src_stride=src[1].stride(),
         dst_stride=dst[1].stride(),
         itemsize=src[1].element_size(),
+        by_kernel=by_kernel,
     )
 
 

@@ -41,13 +41,16 @@ def storage(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("src_layout", LAYOUTS)
 @pytest.mark.parametrize("dst_layout", LAYOUTS)
 @pytest.mark.parametrize("pad_heads", [0, 2])
-@pytest.mark.parametrize("options", [{}, {"plane_loop": True}, {"kernel_copy_bytes": 1 << 30}])
+@pytest.mark.parametrize(
+    ("by_kernel", "plane_loop"), [(False, False), (False, True), (True, False)]
+)
 def test_copies_move_what_they_name_and_nothing_else(
     shape: tuple[int, int, int, int],
     src_layout: str,
     dst_layout: str,
     pad_heads: int,
-    options: dict[str, int],
+    by_kernel: bool,
+    plane_loop: bool,
 ) -> None:
     pairs = []
     for seed in range(2):
@@ -56,13 +59,13 @@ def test_copies_move_what_they_name_and_nothing_else(
         pairs.append((src, dst, storage(dst)))
     ops: list[Op] = []
     for i, (src, dst, _) in enumerate(pairs):
-        ops += copy_ops(0, (2 * i, src), (2 * i + 1, dst))
+        ops += copy_ops(0, (2 * i, src), (2 * i + 1, dst), by_kernel=by_kernel)
     expected = []
     for src, dst, memory in pairs:
         wanted = memory.clone()
         wanted.as_strided(dst.shape, dst.stride(), dst.storage_offset()).copy_(src)
         expected.append(wanted)
-    program = native.load().program(ops, **options)
+    program = native.load().program(ops, plane_loop=plane_loop)
     bases = [x.data_ptr() for src, dst, _ in pairs for x in (src, dst)]
     program.run(0, len(ops), bases[: program.num_bases], [0][: program.num_streams])
     torch.cuda.synchronize()
@@ -81,8 +84,18 @@ def test_a_reader_sees_what_was_written_before_the_flag(batch_flags: bool, captu
     flags = torch.zeros(2, dtype=torch.int32, device="cuda:0")
     full, free = flag_at(flags, 0), flag_at(flags, 1)
     size = {"width": src.numel() * src.element_size(), "height": 1, "depth": 1}
-    put = [Op.wait_clear(0, free), Op(src_base=0, dst_base=1, **size), Op.write(0, full)]
-    get = [Op.wait_clear(0, full), Op(src_base=1, dst_base=2, **size), Op.write(0, free)]
+    put = [
+        Op.wait(0, free),
+        Op.clear(0, free),
+        Op(src_base=0, dst_base=1, **size),
+        Op.write(0, full),
+    ]
+    get = [
+        Op.wait(0, full),
+        Op.clear(0, full),
+        Op(src_base=1, dst_base=2, **size),
+        Op.write(0, free),
+    ]
     bases = [src.data_ptr(), slot.data_ptr(), result.data_ptr()]
     writer, reader = torch.cuda.Stream(), torch.cuda.Stream()
     programs = [native.load().program(ops, batch_flags=batch_flags) for ops in (put, get)]
@@ -136,7 +149,8 @@ def test_long_runs_of_flags_keep_their_order(batch_flags: bool) -> None:
     flags = torch.zeros(num_flags, dtype=torch.int32, device="cuda:0")
     ops = [Op.write(0, flag_at(flags, i), value=i + 1) for i in range(num_flags)]
     for i in range(0, num_flags, 2):
-        ops.append(Op.wait_clear(0, flag_at(flags, i), value=i + 1))
+        flag = flag_at(flags, i)
+        ops += [Op.wait(0, flag, value=i + 1), Op.clear(0, flag)]
     program = native.load().program(ops, batch_flags=batch_flags)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -177,8 +191,8 @@ def test_the_failing_op_is_named() -> None:
 
 @needs_two_gpus
 @pytest.mark.parametrize("batch_flags", [True, False])
-@pytest.mark.parametrize("kernel_copy_bytes", [0, 1 << 30])
-def test_put_signal_wait_release_between_gpus(batch_flags: bool, kernel_copy_bytes: int) -> None:
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_put_signal_wait_release_between_gpus(batch_flags: bool, by_kernel: bool) -> None:
     """Each GPU puts q, k and v heads into the other's slots, in turn, without a host wait."""
     lib, shape, rounds = native.load(), (1, 257, 6, 128), 50
     devices = ("cuda:0", "cuda:1")
@@ -199,11 +213,13 @@ def test_put_signal_wait_release_between_gpus(batch_flags: bool, kernel_copy_byt
     programs, streams = [], []
     for d, device in enumerate(devices):
         peer = 1 - d
-        put = [Op.wait_clear(1, flag_at(flags[d], 1))]
+        free = flag_at(flags[d], 1)
+        put = [Op.wait(1, free), Op.clear(1, free)]
         for i in range(3):
-            put += copy_ops(1, (i, src[d][i]), (3 + i, slot[peer][i]))
+            put += copy_ops(1, (i, src[d][i]), (3 + i, slot[peer][i]), by_kernel=by_kernel)
         put.append(Op.write(1, flag_at(flags[peer], 0)))
-        get = [Op.wait_clear(0, flag_at(flags[d], 0))]
+        full = flag_at(flags[d], 0)
+        get = [Op.wait(0, full), Op.clear(0, full)]
         for i in range(3):
             get += copy_ops(0, (6 + i, slot[d][i]), (9 + i, slot[d][i]))
         get.append(Op.write(0, flag_at(flags[peer], 1)))
@@ -216,9 +232,7 @@ def test_put_signal_wait_release_between_gpus(batch_flags: bool, kernel_copy_byt
             Op.wait_event(0, 1),
         ]
         with torch.cuda.device(device):
-            programs.append(
-                lib.program(ops, batch_flags=batch_flags, kernel_copy_bytes=kernel_copy_bytes)
-            )
+            programs.append(lib.program(ops, batch_flags=batch_flags))
             streams.append((torch.cuda.Stream(), torch.cuda.Stream()))
         flags[d][1] = 1
     for device in devices:

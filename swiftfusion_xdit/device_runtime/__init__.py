@@ -1,0 +1,210 @@
+"""Executes a program on a GPU: puts and flags are stream operations between attention calls.
+
+Between two attention calls everything a program does is copies, flag writes, flag waits and the
+events that order streams. Those are compiled once per plan and input strides, and enqueued by one
+call into the native library; the host waits for nothing. ``compute`` is the caller's current
+stream; the others are side streams that fork from it and join it within the layer, so inputs and
+results follow the usual rules of streams, and the layer can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from swiftfusion_xdit.attention import Backend
+from swiftfusion_xdit.comm import Communicator, Flag
+from swiftfusion_xdit.comm.stream import StreamCommunicator
+from swiftfusion_xdit.device_runtime.program import STREAMS, Compiled, Compiler, Strides
+from swiftfusion_xdit.native import Native
+from swiftfusion_xdit.plan import NUM_PARITIES, Plan
+from swiftfusion_xdit.runtime import Layer, LayerRunner
+from swiftfusion_xdit.schedule.steps import Attend, Put, Wait
+from swiftfusion_xdit.simulate.timeline import Event
+from swiftfusion_xdit.topology import Link
+
+__all__ = ["DeviceRunner", "SideStreams"]
+
+
+class SideStreams:
+    """The streams of one group on one device, shared by all of its plans."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = [torch.cuda.Stream(device) for _ in STREAMS[1:]]
+        self._last = torch.cuda.current_stream(device)
+
+    def enter(self) -> list[torch.cuda.Stream]:
+        """The streams of one layer, in the order of ``STREAMS``; the first is the current one.
+
+        Layers share slots, so a layer on another stream than the one before waits for that one.
+        Inside a capture nothing runs: whoever replays the graph orders it.
+        """
+        current = torch.cuda.current_stream(self._device)
+        if current != self._last and not torch.cuda.is_current_stream_capturing():
+            current.wait_stream(self._last)
+            self._last = current
+        return [current, *self._side]
+
+
+class DeviceRunner(LayerRunner):
+    """Runs the layers of one plan on one GPU. Owns the plan's symmetric buffer."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        comm: Communicator,
+        backend: Backend,
+        *,
+        native: Native,
+        streams: SideStreams,
+    ) -> None:
+        """Collective: allocates the plan's symmetric memory on every rank."""
+        assert isinstance(comm, StreamCommunicator), comm
+        self.native = native
+        self._streams = streams
+        self._comm: StreamCommunicator = comm
+        self._compiled: dict[tuple[int, Strides], Compiled] = {}
+        self._workspaces: dict[tuple[str, Hashable], Tensor] = {}
+        self.notes = comm.heartbeat
+        super().__init__(plan, comm, backend)
+        comm.name_flags(self.buffer, self._own_flags())
+
+    def _bind_all(self) -> None:
+        """Programs are compiled when the strides of the inputs are known."""
+
+    def reset_flags(self) -> None:
+        super().reset_flags()
+        for parity in range(NUM_PARITIES):
+            for peer, block in self.plan.free_flags[self.rank]:
+                if block.tensor == "o":  # its owner says so when it enters a layer
+                    flag = self.plan.free_flag(self.rank, peer, block, parity)
+                    self._comm.clear(self.buffer, flag)
+        torch.cuda.current_stream().synchronize()  # before any peer may put
+
+    def _own_flags(self) -> list[tuple[Flag, int]]:
+        """Every flag that this rank waits for, and who signals it, for the watchdog's report."""
+        return [
+            (self.awaited_flag(step, parity), step.peer)
+            for parity in range(NUM_PARITIES)
+            for step in self.program.steps
+            if isinstance(step, Put | Wait)
+            and self.plan.message_block(
+                step.peer if isinstance(step, Put) else self.rank, step.block
+            )
+            == step.block
+        ]
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        context: str = "",
+        on_wait: Callable[[], None] | None = None,
+        events: list[Event] | None = None,
+    ) -> Tensor:
+        if events is not None:
+            raise NotImplementedError("recording the events of a layer on a GPU")
+        q, k, v = (_copyable(tensor) for tensor in (q, k, v))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        layer = Layer({"q": q, "k": k, "v": v}, out, scale, None)
+        compiled = self._compile_for(layer)
+        streams = self._streams.enter()
+        bases = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+        self._comm.layer_context = context
+        try:
+            self._run_parts(compiled, layer, bases, streams)
+        finally:
+            torch.cuda.set_stream(streams[0])
+        for link, num_bytes, num_messages in self._sent:
+            self._comm.counters.add(link, num_bytes, num_messages=num_messages)
+        self._num_layers += 1
+        return out
+
+    def _run_parts(
+        self, compiled: Compiled, layer: Layer, bases: list[int], streams: list[torch.cuda.Stream]
+    ) -> None:
+        program, at = compiled.program, 0
+        bases += [0] * len(compiled.bases)
+        handles = [stream.cuda_stream for stream in streams[: program.num_streams]]
+        program.bind(bases[: program.num_bases], handles)
+        for part in compiled.parts:
+            if isinstance(part, tuple):
+                program.run(*part)
+                continue
+            if part.stream != at:
+                at = part.stream
+                torch.cuda.set_stream(streams[at])
+            part(layer)
+            for key in part.outputs:
+                program.set_base(compiled.bases[key], layer.finished[key].data_ptr())
+
+    @cached_property
+    def _sent(self) -> list[tuple[Link, int, int]]:
+        """Per class of link: bytes and messages that one layer puts."""
+        sizes: dict[Link, list[int]] = {}
+        for step in self.program.steps:
+            if isinstance(step, Put):
+                link = self._comm.topology.link(self.rank, step.peer)
+                slot = self.plan.layouts[step.peer].slot(step.block, 0)
+                sizes.setdefault(link, []).append(slot.num_bytes)
+        return [(link, sum(each), sum(size > 0 for size in each)) for link, each in sizes.items()]
+
+    def _compile_for(self, layer: Layer) -> Compiled:
+        parity = self._num_layers % NUM_PARITIES
+        key = (parity, tuple(x.stride() for x in layer.inputs.values()))
+        if key not in self._compiled:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a layer can be captured in a graph after two layers of its shape and strides "
+                    f"have run; strides {key[1]} have not, for {self.plan.shape}"
+                )
+            self._compiled[key] = Compiler(self, *key).compile()
+            self._load_kernels(self._compiled[key], layer)
+        return self._compiled[key]
+
+    def _load_kernels(self, compiled: Compiled, layer: Layer) -> None:
+        """Run the layer's kernels once without its flags, on whatever the slots hold.
+
+        Compiling and loading a kernel may wait for the device, and the device, once flags are
+        enqueued, may be waiting for a peer that waits for this rank.
+        """
+        trial = Layer(layer.inputs, torch.empty_like(layer.out), layer.scale, None)
+        for part in compiled.parts:
+            if not isinstance(part, tuple):
+                part.prepare(trial)
+        torch.cuda.synchronize()
+
+    def workspace(self, kind: str, owner: Hashable, shape: tuple[int, ...]) -> Tensor:
+        """Memory for what a step of a layer makes, the same in every layer."""
+        key = (kind, owner)
+        if key not in self._workspaces:
+            dtype = torch.float32 if kind == "lse" else self.plan.shape.dtype
+            self._workspaces[key] = torch.empty(shape, dtype=dtype, device=self._comm.device)
+        return self._workspaces[key]
+
+    def output_shape(self, step: Attend) -> tuple[int, int, int, int]:
+        """``[B, S, H, D]`` of what a call gives."""
+        shape = self.plan.shape
+        rows = sum(shape.query_lengths[chunk] for chunk in step.queries)
+        return (shape.batch, rows, len(self.plan.heads("o", step.heads)), shape.head_dim)
+
+    def block_shape(self, chunk: int, heads: int) -> tuple[int, int, int, int]:
+        """``[B, S, H, D]`` of the output rows of one chunk."""
+        shape = self.plan.shape
+        num_heads = len(self.plan.heads("o", heads))
+        return (shape.batch, shape.query_lengths[chunk], num_heads, shape.head_dim)
+
+
+def _copyable(tensor: Tensor) -> Tensor:
+    """Pitched copies need contiguous heads and rows that do not overlap."""
+    tensor = tensor.detach()
+    if tensor.stride(3) == 1 and 0 not in tensor.stride():
+        return tensor
+    return tensor.contiguous()
