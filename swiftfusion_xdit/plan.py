@@ -26,6 +26,7 @@ from swiftfusion_xdit.schedule.messages import messages
 from swiftfusion_xdit.schedule.steps import (
     Attend,
     Block,
+    Copy,
     Program,
     Put,
     Schedule,
@@ -110,19 +111,30 @@ class Layout:
             "v": self.program.key_order,
             "o": (rank,),
         }
-        for tensor, order in orders.items():
+        # Own rows that no operand joins to others are read where they are.
+        self._orders = {tensor: self._in_slots(tensor, order) for tensor, order in orders.items()}
+        for tensor, order in self._orders.items():
             lengths = [shape.lengths(tensor)[chunk] for chunk in order]
             starts = accumulate(lengths, initial=0)
             self._row_starts[tensor] = dict(zip(order, starts, strict=False))
         end = 0
         num_elements, self._dtype = shape.slot_row
         for tensor, heads in self._held(rank):
-            rows = sum(shape.lengths(tensor)[chunk] for chunk in orders[tensor])
+            rows = sum(shape.lengths(tensor)[chunk] for chunk in self._orders[tensor])
             num_heads = shape.num_heads if tensor == "o" else len(plan.heads(tensor, heads))
             matrix = Matrix(end, (shape.batch, rows, num_heads, num_elements))
             self._matrices[tensor, heads] = matrix
             end += _aligned(math.prod(matrix.shape) * self._dtype.itemsize)
         self.layer_bytes = end
+
+    def _in_slots(self, tensor: TensorName, order: tuple[int, ...]) -> tuple[int, ...]:
+        """The chunks of ``order`` that are ever put or copied into slots."""
+        filled = {
+            step.block.chunk
+            for step in self.program.steps
+            if isinstance(step, Copy | Wait) and step.block.tensor == tensor
+        }
+        return tuple(chunk for chunk in order if chunk in filled)
 
     def _held(self, rank: int) -> list[tuple[TensorName, int]]:
         """The arrays this rank holds: none for an operand that is always its own chunk."""
@@ -130,11 +142,8 @@ class Layout:
         first = self.plan.mesh.head_group(rank) * groups
         held: list[tuple[TensorName, int]] = []
         for heads in range(first, first + groups):
-            if len(self.program.query_order) > 1:
-                held.append(("q", heads))
-            if len(self.program.key_order) > 1:
-                held += [("k", heads), ("v", heads)]
-        if len(self.program.query_order) > 1:
+            held += [(tensor, heads) for tensor in ("q", "k", "v") if self._orders[tensor]]
+        if self._orders["o"]:
             held.append(("o", 0))
         return held
 

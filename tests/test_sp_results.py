@@ -62,6 +62,7 @@ def test_recording_and_description(rank_pool) -> None:
         assert seen["stats"]["attention_calls"] == 3
         names = [name for _, _, name, _, _ in seen["events"]]
         assert sum(name.startswith("attend") for name in names) == 5
-        assert {stream for _, stream, *_ in seen["events"]} == {"compute", "ring", "torus"}
+        streams = {stream for _, stream, *_ in seen["events"]}
+        assert streams == {"compute", "compute2", "ring", "torus"}
         times = [time for *_, start, end in seen["events"] for time in (start, end)]
         assert times == sorted(times) and {event[0] for event in seen["events"]} == {rank}
