@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from swiftfusion_xdit.cli import bench_report as reports
-from swiftfusion_xdit.cli.bench_config import SHAPES, BenchConfig, parse_shapes
+from swiftfusion_xdit.cli.bench_config import SCHEDULES, SHAPES, BenchConfig, parse_shapes
 
 CPU_SHAPE = "1,1024,8,64"
 CPU_RANKS = 2
@@ -41,7 +41,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs if any")
     add("--shapes", help=f"of {','.join(SHAPES)} or custom B,S,H,D (all; on CPU {CPU_SHAPE})")
     add("--strategies", help="of usp,tas,torus (usp,torus; tas too with --machines above 1)")
-    add("--schedules", default="torus,pipelined", help="of torus,pipelined (both)")
+    schedules = ",".join(SCHEDULES)
+    add("--schedules", default=schedules, help=f"of {schedules} (all)")
     add("--backends", help="local kernels (fa4,cudnn; on CPU cpu)")
     add("--mesh", action="append", help="also this mesh, as torus=T,ulysses=U,ring=R; repeatable")
     add("--ranks", type=int, help=f"ranks (all GPUs; on CPU {CPU_RANKS})")

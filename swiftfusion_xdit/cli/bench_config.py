@@ -9,7 +9,7 @@ from swiftfusion_xdit.envs import TRANSPORTS
 from swiftfusion_xdit.mesh import Mesh
 
 STRATEGIES = ("usp", "tas", "torus")
-SCHEDULES = ("torus", "pipelined")
+SCHEDULES = ("auto", "torus", "folded", "pipelined")
 # Largest relative error against attention in fp64 that is rounding and no mistake.
 MAX_ERROR = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # A local kernel here and the backend of xDiT that runs the same one.

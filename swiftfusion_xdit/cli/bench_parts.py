@@ -42,6 +42,7 @@ class Measured:
     failure: str | None = None
     graph_failure: str | None = None
     graph_same_bits: bool | None = None
+    plan: str | None = None
     layers: int = 0
     eager_ms: list[float] = field(default_factory=list)
     graph_ms: list[float] = field(default_factory=list)
@@ -90,6 +91,7 @@ def joined(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "backend": case.backend,
         "schedule": case.schedule or None,
         "mesh": case.mesh,
+        "plan": ranks[0]["plan"],
         "relative_error": max(errors, default=None),
         "failure": ranks[0]["failure"],
         "graph_failure": ranks[0]["graph_failure"],
