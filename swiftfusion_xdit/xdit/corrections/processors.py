@@ -3,8 +3,8 @@
 Stable Diffusion 3.5's dual blocks attend image rows alone; where there is no text, xDiT's processor
 leaves a variable unbound, and fails.
 
-Latte's temporal blocks attend across frames, all of which a rank has, of the pixels that it has.
-xDiT exchanges those rows too, as if the ranks' pixels were one sequence. Here they stay on the rank.
+Latte's temporal blocks attend across frames; of each pixel that a rank has it has all frames. xDiT
+exchanges those rows too, as if the ranks' pixels were one sequence. Here they stay on the rank.
 """
 
 from __future__ import annotations
