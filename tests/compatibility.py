@@ -18,11 +18,8 @@ PAGE = ROOT / "docs" / "compatibility.md"
 # A feature of xDiT, what it is together with torus, and the test that shows it.
 FEATURES = [
     ("CFG parallel, data parallel", "exact", "test_xdit_many_groups.py"),
-    (
-        "PipeFusion's keys kept from step to step",
-        "exact in calls of USP",
-        "test_xdit_patch_cache.py",
-    ),
+    ("fully sharded weights", "exact", "test_xdit_beside.py"),
+    ("keys that PipeFusion keeps", "exact in calls of USP", "test_xdit_patch_cache.py"),
     ("torch.compile", "no graph break; xDiT's own kernels break it", "test_xdit_calls.py"),
     ("`--use_fp8_comms`", "fp8 on the wire; refused on GPUs", "test_wire_xdit.py"),
     ("StepVideo, Sana linear attention", "xDiT's own, on its groups", "test_xdit_long_context.py"),
@@ -64,9 +61,8 @@ REST = """
 |---|---|---|
 {rows}
 
-Not run here, because xDiT needs GPUs for it or the model is not in diffusers: asynchronous
-PipeFusion as a whole, FSDP, `--use_parallel_vae`, Ray workers, ConsisID, MiniMax-H3, LingBot-Video,
-causal Wan.
+Not run with torus: what xDiT itself does not run on CPU ranks, which is asynchronous PipeFusion as a
+whole and `--use_parallel_vae`; Ray workers; ConsisID, MiniMax-H3, LingBot-Video and causal Wan.
 """
 
 
