@@ -61,8 +61,8 @@ REST = """
 |---|---|---|
 {rows}
 
-Not run with torus: what xDiT itself does not run on CPU ranks, which is asynchronous PipeFusion as a
-whole and `--use_parallel_vae`; Ray workers; ConsisID, MiniMax-H3, LingBot-Video and causal Wan.
+Not run with torus: what xDiT itself does not run on CPU ranks, which is asynchronous PipeFusion as
+a whole and `--use_parallel_vae`; Ray workers; ConsisID, MiniMax-H3, LingBot-Video and causal Wan.
 """
 
 
