@@ -20,7 +20,12 @@ FEATURES = [
     ("CFG parallel, data parallel", "exact", "test_xdit_many_groups.py"),
     ("fully sharded weights", "exact", "test_xdit_beside.py"),
     ("keys that PipeFusion keeps", "exact in calls of USP", "test_xdit_patch_cache.py"),
-    ("torch.compile", "no graph break; xDiT's own kernels break it", "test_xdit_calls.py"),
+    (
+        "torch.compile of a call",
+        "one node; xDiT's own kernels break the graph",
+        "test_xdit_calls.py",
+    ),
+    ("torch.compile of a model", "exact; corrections may break the graph", "test_xdit_beside.py"),
     ("`--use_fp8_comms`", "fp8 on the wire; refused on GPUs", "test_wire_xdit.py"),
     ("StepVideo, Sana linear attention", "xDiT's own, on its groups", "test_xdit_long_context.py"),
     ("tensor parallel", "refused", "test_xdit_refusals.py"),

@@ -56,6 +56,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "quantised, gqa": ("SAGE", {"kv_head_repeat": 3}),
     "sparse": ("AITER_SPARGE", {}),
     "sparse, with arguments": ("AITER_SPARGE", {"attention_kwargs": {"thw": (1, 4, 8)}}),
+    "sparse, valid length": ("AITER_SPARGE", {"attention_kwargs": {"valid_kv_len": 21}}),
+    "quantised, valid length": ("SAGE", {"attention_kwargs": {"valid_kv_len": 21}}),
     "sparse, head balance": ("AITER_SPARGE", {"head_balance_layer": "layer"}),
     "extra inputs": ("FLEX_VSA_H3", {"attention_kwargs": {"ulysses_extra_inputs": ("gate",)}}),
 }
@@ -93,11 +95,11 @@ def one(rank: int, size: int, backend: str, arguments: dict[str, Any]) -> float:
     kwargs = dict(whole_kwargs)
     if "ulysses_extra_inputs" in kwargs:
         whole_kwargs["gate"], kwargs["gate"] = gate, gate[:, :, mine]
-    repeats = xdit_calls.H // kv_heads
+    repeats, valid = xdit_calls.H // kv_heads, kwargs.get("valid_kv_len", ROWS)
     expected, _ = FUNCTIONS[backend](
         q,
-        k.repeat_interleave(repeats, dim=1),
-        v.repeat_interleave(repeats, dim=1),
+        k[:, :, :valid].repeat_interleave(repeats, dim=1),
+        v[:, :, :valid].repeat_interleave(repeats, dim=1),
         attention_kwargs=whole_kwargs,
     )
     more = {"attention_kwargs": kwargs or None, "head_balance_layer": balanced(arguments)}
