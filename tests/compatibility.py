@@ -22,7 +22,7 @@ FEATURES = [
     ("keys that PipeFusion keeps", "exact in calls of USP", "test_xdit_patch_cache.py"),
     (
         "torch.compile of a call",
-        "one node; xDiT's own kernels break the graph",
+        "one node, but for xDiT's own kernels",
         "test_xdit_calls.py",
     ),
     ("torch.compile of a model", "exact; corrections may break the graph", "test_xdit_beside.py"),
