@@ -87,14 +87,15 @@ def both(mask: Tensor) -> tuple[dict[str, Any], Tensor]:
     return {"attn_mask": mask}, mask
 
 
-def error(rank: int, case: str, kv_heads: int) -> float:
-    size = ROWS // 4
+def error(rank: int, case: str, kv_heads: int, *, size: int = 4) -> float:
+    """Of one call on ``size`` ranks."""
+    chunk = ROWS // size
     kwargs, mask = CASES[case]()
     q, k, v = (
         xdit_cases.noise(xdit_calls.B, heads, ROWS, xdit_calls.D, seed=seed)
         for seed, heads in enumerate((xdit_calls.H, kv_heads, kv_heads))
     )
-    mine = slice(rank * size, (rank + 1) * size)
+    mine = slice(rank * chunk, (rank + 1) * chunk)
     out = xdit_calls.usp_module().USP(
         q[:, :, mine],
         k[:, :, mine],

@@ -3,56 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from tests import xdit_models
+from tests import compat_models, xdit_models
 from tests.distributed import RankPool
 
-TOLERANCE = 1e-5
-MESHES = (
-    "torus=2,ulysses=1,ring=2",
-    "torus=2,ulysses=2,ring=1",
-    "torus=1,ulysses=1,ring=4",
-)
 
-
-CASES = [
-    (name, feature) for name in xdit_models.NAMES for feature in xdit_models.load(name).FEATURES
-]
-
-
-def differences(rank: int, world_size: int, name: str, feature: str) -> dict[str, float | None]:
-    arguments: dict[str, Any] = {"ulysses_degree": 2, "ring_degree": 2, "sp_machines": "2"}
-    return {
-        mesh: xdit_models.run(name, feature, sp_strategy="torus", sp_mesh=mesh, **arguments)
-        for mesh in MESHES
-    }
-
-
-@pytest.mark.parametrize(("name", "feature"), CASES)
+@pytest.mark.parametrize(("name", "feature"), compat_models.CASES)
 def test_agrees_with_one_process(
     rank_pool: Callable[[int], RankPool], name: str, feature: str
 ) -> None:
-    results = rank_pool(4).run(differences, name, feature, timeout_s=180)
-    for mesh in MESHES:
-        values = [result[mesh] for result in results if result[mesh] is not None]
-        assert values and max(values) <= TOLERANCE, (name, feature, mesh, results)
+    refused = getattr(xdit_models.load(name), "REFUSED_BY_XDIT", {})
+    word, found = compat_models.outcome(rank_pool, name, feature, "torus")
+    assert word == ("refused" if feature in refused else "exact"), (name, feature, found)
 
 
-def cfg_parallel(rank: int, world_size: int, strategy: str) -> float | None:
-    return xdit_models.run(
-        "sd3",
-        "uneven text",
-        sp_strategy=strategy,
-        sp_machines="2",
-        ulysses_degree=2,
-        use_cfg_parallel=True,
-    )
+# Where xDiT's own launch goes wrong, in the wrapper of a model or in attention.
+FAULTS = {
+    ("flux", "uneven text"): "wrong",  # text is on every rank, and counts once a rank
+    ("flux", "uneven image"): "fails",  # a method that does not exist
+    ("flux2", "uneven image"): "wrong",  # padding joins the keys, as in those that follow
+    ("qwen_image", "uneven image"): "wrong",
+    ("qwen_image", "uneven text"): "wrong",
+    ("krea2", "uneven image"): "wrong",
+    ("krea2", "uneven text"): "wrong",
+    ("ideogram4", "uneven image"): "wrong",
+    ("ideogram4", "uneven text"): "wrong",
+    ("wan", "uneven image"): "wrong",
+    ("wan_i2v", "uneven image"): "wrong",
+    ("wan_ti2v", "uneven image"): "wrong",
+    ("wan_vace", "uneven image"): "wrong",
+    ("hunyuan_video15", "uneven image"): "wrong",
+    ("ltx2", "uneven image"): "wrong",
+    ("qwen_image", "masked text"): "wrong",  # the mask is dropped
+    ("z_image", "masked text"): "wrong",  # so are the lengths of the prompts of a batch
+    ("krea2", "masked text"): "fails",  # a mask of one rank's rows, for all ranks' rows
+    ("flux2", "uneven text"): "fails",  # unequal chunks of text: ranks wait for ever
+    ("hunyuan_video", "uneven image"): "fails",  # unequal chunks of video: the collective aborts
+    ("cosmos3", "even"): "wrong",  # text is on every rank, and counts once a rank
+    ("latte", "even"): "wrong",  # attention across frames mixes the ranks' pixels
+    ("sd35", "even"): "fails",  # a variable that is not set
+    ("lumina2", "even"): "refused",  # rings
+}
 
 
-def test_agrees_with_cfg_parallel(rank_pool: Callable[[int], RankPool]) -> None:
-    results = rank_pool(4).run(cfg_parallel, "torus", timeout_s=120)
-    values = [value for value in results if value is not None]
-    assert values and max(values) <= TOLERANCE, results
+@pytest.mark.parametrize(("name", "feature"), FAULTS)
+def test_fault_of_stock(rank_pool: Callable[[int], RankPool], name: str, feature: str) -> None:
+    """If this fails xDiT has changed: perhaps a correction may go."""
+    word, found = compat_models.outcome(rank_pool, name, feature, "usp")
+    assert word == FAULTS[name, feature], (name, feature, found)

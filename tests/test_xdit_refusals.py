@@ -35,7 +35,6 @@ REFUSED |= {
     for name, value in {
         "attn_mask": torch.ones(1, 1, 1, 32, dtype=torch.bool),
         "indices_k": torch.arange(64),
-        "valid_kv_len": 30,
     }.items()
 }
 

@@ -19,15 +19,20 @@ NUM_STEPS = 2
 
 @contextlib.contextmanager
 def xdit_groups() -> Iterator[None]:
-    """Inside, xDiT's world group exists; its model-parallel groups are gone afterwards."""
+    """Inside, xDiT's world group exists; all groups made inside are gone afterwards."""
+    import torch.distributed as dist
     from xfuser.core.distributed import init_distributed_environment, parallel_state
 
     init_distributed_environment()
+    known = set(dist.distributed_c10d._world.pg_map)
     try:
         yield
     finally:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
+        # xDiT leaves groups behind, each with threads, which would add up in a pool of ranks.
+        for group in [made for made in dist.distributed_c10d._world.pg_map if made not in known]:
+            dist.destroy_process_group(group)
 
 
 def start(pipeline: Any, **arguments: Any) -> Any:

@@ -34,20 +34,20 @@ class Row:
         torus = self.pictures["torus"].astype(np.float64)
         return np.nan_to_num(np.abs(torus - self.pictures["single"]), nan=1.0)
 
-
-def amplification(rows: Sequence[Row]) -> int:
-    """The largest power of ten that leaves every difference within 0..1."""
-    largest = max(float(row.difference.max()) for row in rows)
-    return 10 ** max(0, math.floor(-math.log10(max(largest, 1e-9))))
+    @property
+    def amplification(self) -> int:
+        """1, 2 or 5 times a power of ten: the largest that leaves 99 % of differences in 0..1."""
+        most = max(float(np.quantile(self.difference, 0.99)), 1e-9)
+        power = 10 ** max(0, math.floor(-math.log10(most)))
+        return max(step * power for step in (1, 2, 5) if step == 1 or step * power * most <= 1)
 
 
 def draw(rows: Sequence[Row], caption: str) -> Image.Image:
     """The sheet; all pictures have one size."""
-    factor = amplification(rows)
     height, width, _ = rows[0].pictures["single"].shape
     strategies = list(rows[0].relative)
     headers = ["one process,\ndiffusers", *(f"xDiT,\n{name}" for name in strategies)]
-    headers.append(f"|torus - one process|\nx {factor:,}")
+    headers.append("|torus - one process|,\namplified")
     sheet_size = (
         LABEL_WIDTH + len(headers) * (width + GAP) + GAP,
         HEADER_HEIGHT + len(rows) * (height + GAP) + 3 * LINE_HEIGHT + GAP,
@@ -60,9 +60,10 @@ def draw(rows: Sequence[Row], caption: str) -> Image.Image:
     for index, row in enumerate(rows):
         top = HEADER_HEIGHT + index * (height + GAP)
         lines = [row.title, *(f"{name}  {row.relative[name]:.1e}" for name in strategies)]
+        lines.append(f"picture  x {row.amplification:,}")
         pen.multiline_text((GAP, top), "\n".join(lines), fill=INK, font=_font(), spacing=5)
         tiles = [row.pictures[name] for name in ("single", *strategies)]
-        tiles.append(row.difference * factor)
+        tiles.append(row.difference * row.amplification)
         for column, tile in enumerate(tiles):
             sheet.paste(_image(tile), (LABEL_WIDTH + column * (width + GAP), top))
     notes = f"{caption}\nnumbers: norm of the latents' difference from one process / their norm,"

@@ -144,7 +144,7 @@ def attend_opaque(
     """
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     backend: Any = session.sequence_parallel(kernel).backend
-    backend.attention_kwargs = attention_kwargs or None
+    backend.attention_kwargs, backend.num_calls = attention_kwargs or None, 0
     backend.extra_inputs = {
         name: _gather_heads(session, attention_kwargs[name].transpose(1, 2))
         for name in attention_kwargs.get(EXTRA_INPUTS) or ()

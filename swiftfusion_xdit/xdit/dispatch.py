@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swiftfusion_xdit.xdit import compat
 from swiftfusion_xdit.xdit.attend import attend_opaque, attention_op
-from swiftfusion_xdit.xdit.key_rows import share, valid_rows
+from swiftfusion_xdit.xdit.key_rows import KeyRows, share, valid_rows
 from swiftfusion_xdit.xdit.patches import Patches
 from swiftfusion_xdit.xdit.session import OPAQUE, Session
 from swiftfusion_xdit.xdit.support import is_sparse, unsupported
@@ -115,8 +115,9 @@ def dispatch(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Ten
     if session.state.num_pipeline_patch > 1 and session.has_patch_cache(arguments["attn_layer"]):
         key, value = session.patch_cache.update(arguments["attn_layer"], key, value, session.state)
     lengths: list[int] = []
-    if not is_sparse(kernel):
-        key, value = _keys_that_count(session, key, value, kwargs, lengths)
+    # A sparse kernel goes by where rows lie: it gets the rows that a correction would take out.
+    rows = None if is_sparse(kernel) else session.key_rows
+    key, value = _keys_that_count(session, rows, key, value, kwargs, lengths)
     if arguments["joint_strategy"]:
         query, key, value = join(session, query, key, value, arguments)
         lengths.append(arguments["joint_key"].shape[2])
@@ -127,13 +128,17 @@ def dispatch(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Ten
 
 
 def _keys_that_count(
-    session: Session, key: Tensor, value: Tensor, kwargs: dict[str, Any], lengths: list[int]
+    session: Session,
+    rows: KeyRows | None,
+    key: Tensor,
+    value: Tensor,
+    kwargs: dict[str, Any],
+    lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Without the rows that a correction or ``valid_kv_len`` takes out.
+    """Without the rows that a correction (``rows``) or ``valid_kv_len`` takes out.
 
     What the lengths of all ranks follow from is added to ``lengths``.
     """
-    rows = session.key_rows
     if rows is not None and rows.num_rows == key.shape[2]:
         lengths += rows.total
         return rows.select(key), rows.select(value)

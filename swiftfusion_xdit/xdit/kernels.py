@@ -37,7 +37,7 @@ class XditBackend(Backend):
         self.attention_kwargs: dict[str, Any] | None = None
         # By name, this rank's heads of what travelled with the queries, a tensor a head group.
         self.extra_inputs: dict[str, list[Tensor]] = {}
-        self._num_calls = 0
+        self.num_calls = 0  # in the layer at hand: one a head group
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None = None
@@ -61,7 +61,7 @@ class XditBackend(Backend):
 
     def _extra_inputs(self) -> dict[str, Tensor]:
         """Those of the head group at hand: groups come in turn."""
-        call, self._num_calls = self._num_calls, self._num_calls + 1
+        call, self.num_calls = self.num_calls, self.num_calls + 1
         return {
             name: groups[call % len(groups)].transpose(1, 2)
             for name, groups in self.extra_inputs.items()

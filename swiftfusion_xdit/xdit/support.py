@@ -74,7 +74,8 @@ def _unsupported_by_opaque(
 def _unsupported_mask(
     session: Session, query: Tensor, kwargs: dict[str, Any], joint_strategy: str | None
 ) -> str | None:
-    for name in ("attn_mask", "indices_k", "valid_kv_len"):
+    # A mask does not say where the joint rows lie in it. A valid length is of the other rows.
+    for name in ("attn_mask", "indices_k"):
         if joint_strategy and kwargs.get(name) is not None:
             return f"attention_kwargs[{name!r}] with joint_strategy={joint_strategy!r}"
     mask = kwargs.get("attn_mask")

@@ -36,8 +36,13 @@ NAMES = (
     "hunyuan_video15",
     "ltx2",
     "cosmos3",
-    "sd3",
     "cogvideox",
+    "latte",
+    "sd3",
+    "sd35",
+    "pixart",
+    "hunyuan_dit",
+    "sana",
 )
 
 

@@ -7,14 +7,15 @@ from typing import Any
 from tests.xdit_cases import HEAD_DIM, NUM_HEADS, noise, randomize, run_pipeline
 
 TITLE = "CogVideoX"
-FEATURES = ("uneven text",)
+FEATURES = ("even", "uneven image", "uneven text")
+REFUSED_BY_XDIT = {"uneven image": "height of the input is not divisible"}
 
 
 def run(feature: str, **arguments: Any) -> float | None:
-    return run_pipeline("xFuserCogVideoXPipeline", build, **arguments)
+    return run_pipeline("xFuserCogVideoXPipeline", lambda: build(feature), **arguments)
 
 
-def build() -> tuple[Any, dict[str, Any]]:
+def build(feature: str) -> tuple[Any, dict[str, Any]]:
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
@@ -22,6 +23,8 @@ def build() -> tuple[Any, dict[str, Any]]:
         CogVideoXTransformer3DModel,
     )
 
+    height = 6 if feature == "uneven image" else 8
+    text = 15 if feature == "uneven text" else 16
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=NUM_HEADS,
         attention_head_dim=HEAD_DIM,
@@ -31,10 +34,10 @@ def build() -> tuple[Any, dict[str, Any]]:
         text_embed_dim=32,
         num_layers=2,
         sample_width=8,
-        sample_height=8,
+        sample_height=height,
         sample_frames=5,
         patch_size=2,
-        max_text_seq_length=15,
+        max_text_seq_length=text,
         use_rotary_positional_embeddings=False,
     )
     vae = AutoencoderKLCogVideoX(
@@ -54,11 +57,11 @@ def build() -> tuple[Any, dict[str, Any]]:
         tokenizer=None,
     )
     call = {
-        "height": 8 * pipeline.vae_scale_factor_spatial,
+        "height": height * pipeline.vae_scale_factor_spatial,
         "width": 8 * pipeline.vae_scale_factor_spatial,
         "num_frames": 5,
-        "prompt_embeds": noise(1, 15, 32, seed=2),
-        "negative_prompt_embeds": noise(1, 15, 32, seed=3),
-        "latents": noise(1, 2, 4, 8, 8),
+        "prompt_embeds": noise(1, text, 32, seed=2),
+        "negative_prompt_embeds": noise(1, text, 32, seed=3),
+        "latents": noise(1, 2, 4, height, 8),
     }
     return pipeline, call

@@ -7,11 +7,12 @@ from typing import Any
 from tests.xdit_cases import HEAD_DIM, NUM_HEADS, noise, randomize, run_pipeline
 
 TITLE = "Stable Diffusion 3"
-FEATURES = ("uneven text",)
+FEATURES = ("even", "uneven image", "uneven text")
+REFUSED_BY_XDIT = {"uneven image": "num_sp_patches"}
 
 
 def run(feature: str, **arguments: Any) -> float | None:
-    return run_pipeline("xFuserStableDiffusion3Pipeline", build, **arguments)
+    return run_pipeline("xFuserStableDiffusion3Pipeline", lambda: build(feature), **arguments)
 
 
 def _tiny_vae() -> Any:
@@ -20,7 +21,9 @@ def _tiny_vae() -> Any:
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
 
 
-def build() -> tuple[Any, dict[str, Any]]:
+def build(
+    feature: str, *, dual_attention_layers: tuple[int, ...] = ()
+) -> tuple[Any, dict[str, Any]]:
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
@@ -40,6 +43,7 @@ def build() -> tuple[Any, dict[str, Any]]:
         out_channels=4,
         pos_embed_max_size=16,
         qk_norm="rms_norm",
+        dual_attention_layers=dual_attention_layers,
     )
     pipeline = StableDiffusion3Pipeline(
         transformer=randomize(transformer, 0),
@@ -52,13 +56,15 @@ def build() -> tuple[Any, dict[str, Any]]:
         text_encoder_3=None,
         tokenizer_3=None,
     )
+    height = 12 if feature == "uneven image" else 16
+    text = 15 if feature == "uneven text" else 16
     call = {
-        "height": 16 * pipeline.vae_scale_factor,
+        "height": height * pipeline.vae_scale_factor,
         "width": 16 * pipeline.vae_scale_factor,
-        "prompt_embeds": noise(1, 15, 32, seed=2),
-        "negative_prompt_embeds": noise(1, 15, 32, seed=3),
+        "prompt_embeds": noise(1, text, 32, seed=2),
+        "negative_prompt_embeds": noise(1, text, 32, seed=3),
         "pooled_prompt_embeds": noise(1, 32, seed=4),
         "negative_pooled_prompt_embeds": noise(1, 32, seed=5),
-        "latents": noise(1, 4, 16, 16),
+        "latents": noise(1, 4, height, 16),
     }
     return pipeline, call

@@ -20,7 +20,7 @@ _TRANSFORMERS = "xfuser.model_executor.models.transformers."
 # The wrapper's module -> the module here that corrects it.
 CORRECTED: dict[str, str] = {
     f"{_TRANSFORMERS}transformer_wan": "wan",
-    "xfuser.model_executor.layers.attention_processor": "joint_attention",
+    "xfuser.model_executor.layers.attention_processor": "processors",
     f"{_TRANSFORMERS}transformer_flux": "flux",
     f"{_TRANSFORMERS}transformer_flux2": "flux2",
     f"{_TRANSFORMERS}transformer_ideogram4": "ideogram4",
