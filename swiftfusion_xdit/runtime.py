@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -65,19 +65,19 @@ class LayerRunner:
         self.rank = comm.rank
         self.program = plan.schedule.programs[comm.rank]
         self._layout = plan.layouts[comm.rank]
-        self.buffer: SymmetricBuffer = comm.allocate(plan.symmetric_bytes, num_flags=plan.num_flags)
+        self.buffer: SymmetricBuffer = comm.allocate(
+            plan.symmetric_bytes + self._scratch_bytes(), num_flags=plan.num_flags
+        )
         if comm.on_stream:
             comm.bind(self.buffer, transfers(plan))
         self._num_layers = 0
-        self.num_partials = Counter(
-            (chunk, step.heads)
-            for step in self.program.steps
-            if isinstance(step, Attend)
-            for chunk in step.queries
-        )
         self.reset_flags()
         self._contexts = [f"step {i} ({step})" for i, step in enumerate(self.program.steps)]
         self._bind_all()
+
+    def _scratch_bytes(self) -> int:
+        """What the runner needs behind the slots, the same on every rank."""
+        return 0
 
     def close(self) -> None:
         """Collective: gives the symmetric memory back."""
@@ -239,7 +239,7 @@ class LayerRunner:
         keys = self.operand("k", step.keys, heads, parity)
         values = self.operand("v", step.keys, heads, parity)
         rows = self.rows(step.queries)
-        if self.in_place(step):
+        if self.program.in_place(step):
             columns = self.columns("o", heads)
 
             def run_in_place(layer: Layer) -> None:
@@ -259,10 +259,6 @@ class LayerRunner:
                 layer.partials[chunk, heads].append(part)
 
         return run
-
-    def in_place(self, step: Attend) -> bool:
-        """Whether ``step`` gives a part of the layer's result: this rank's rows, once and alone."""
-        return step.queries == (self.rank,) and self.num_partials[self.rank, step.heads] == 1
 
     def columns(self, tensor: TensorName, heads: int) -> slice:
         of_group = self.plan.heads(tensor, heads)

@@ -18,11 +18,12 @@ from torch import Tensor
 from swiftfusion_xdit.attention import Backend
 from swiftfusion_xdit.comm import Communicator, Flag
 from swiftfusion_xdit.comm.stream import StreamCommunicator
+from swiftfusion_xdit.device_runtime import scratch
 from swiftfusion_xdit.device_runtime.program import STREAMS, Compiled, Compiler, Strides
 from swiftfusion_xdit.native import Native
 from swiftfusion_xdit.plan import NUM_PARITIES, Plan
 from swiftfusion_xdit.runtime import Layer, LayerRunner
-from swiftfusion_xdit.schedule.steps import Attend, Put, Wait
+from swiftfusion_xdit.schedule.steps import Put, Wait
 from swiftfusion_xdit.simulate.timeline import Event
 from swiftfusion_xdit.topology import Link
 
@@ -68,7 +69,6 @@ class DeviceRunner(LayerRunner):
         self._streams = streams
         self._comm: StreamCommunicator = comm
         self._compiled: dict[tuple[int, Strides], Compiled] = {}
-        self._workspaces: dict[tuple[str, Hashable], Tensor] = {}
         self.notes = comm.heartbeat
         super().__init__(plan, comm, backend)
         comm.name_flags(self.buffer, self._own_flags())
@@ -181,25 +181,19 @@ class DeviceRunner(LayerRunner):
                 part.prepare(trial)
         torch.cuda.synchronize()
 
-    def workspace(self, kind: str, owner: Hashable, shape: tuple[int, ...]) -> Tensor:
-        """Memory for what a step of a layer makes, the same in every layer."""
-        key = (kind, owner)
-        if key not in self._workspaces:
-            dtype = torch.float32 if kind == "lse" else self.plan.shape.dtype
-            self._workspaces[key] = torch.empty(shape, dtype=dtype, device=self._comm.device)
-        return self._workspaces[key]
+    def _scratch_bytes(self) -> int:
+        return scratch.num_bytes(self.plan) if self.backend.writes_out else 0
 
-    def output_shape(self, step: Attend) -> tuple[int, int, int, int]:
-        """``[B, S, H, D]`` of what a call gives."""
-        shape = self.plan.shape
-        rows = sum(shape.query_lengths[chunk] for chunk in step.queries)
-        return (shape.batch, rows, len(self.plan.heads("o", step.heads)), shape.head_dim)
+    @cached_property
+    def _scratch_places(self) -> dict[scratch.Key, scratch.Place]:
+        return scratch.places(self.plan, self.rank)
 
-    def block_shape(self, chunk: int, heads: int) -> tuple[int, int, int, int]:
-        """``[B, S, H, D]`` of the output rows of one chunk."""
-        shape = self.plan.shape
-        num_heads = len(self.plan.heads("o", heads))
-        return (shape.batch, shape.query_lengths[chunk], num_heads, shape.head_dim)
+    def scratch(self, kind: str, owner: Hashable) -> Tensor:
+        """Memory for what a call gives, if its kernel stores into memory that it is given."""
+        place = self._scratch_places[kind, owner]
+        start = self.plan.symmetric_bytes + place.offset_bytes
+        memory = self.buffer.local[start : start + place.num_bytes]
+        return memory.view(place.dtype).view(place.shape)
 
 
 def _copyable(tensor: Tensor) -> Tensor:

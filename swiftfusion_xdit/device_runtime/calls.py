@@ -45,9 +45,9 @@ class AttendCall:
             runner.operand("v", step.keys, step.heads, parity),
         )
         self._rows = runner.rows(step.queries)
-        self.in_place = runner.in_place(step)
+        self.in_place = runner.program.in_place(step)
         self._columns = runner.columns("o", step.heads)
-        counts = runner.num_partials
+        counts = runner.program.num_partials
         self.outputs: list[Output] = [
             (chunk, step.heads)
             for chunk in step.queries
@@ -56,10 +56,9 @@ class AttendCall:
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         if self._backend.writes_out:
-            shape = runner.output_shape(step)
-            self._lse = runner.workspace("lse", step, (shape[0], shape[2], shape[1]))
+            self._lse = runner.scratch("lse", step)
             if not self.in_place:
-                self._out = runner.workspace("out", step, shape)
+                self._out = runner.scratch("out", step)
         self._parts = None if self._out is None else self._split(self._out, self._lse)
         self._launch: Launch | None = None
         self._scale = 0.0
@@ -117,32 +116,34 @@ class MergeCall:
         self.outputs: list[Output] = [] if self._is_own else [self._key]
         self._columns = runner.columns("o", heads)
         self._out: Tensor | None = None
-        if not self._is_own:
-            self._out = runner.workspace("merged", self._key, runner.block_shape(chunk, heads))
+        if not self._is_own and runner.backend.writes_out:
+            self._out = runner.scratch("merged", self._key)
         # Of the partials that this was made for, which are the same ones in every layer.
         self._args: MergeArgs | None = None
         self._offset = 0
 
     def prepare(self, layer: Layer) -> None:
-        partials = layer.partials[self._key]
-        out = self._target(layer)
-        if self._runner.backend.writes_out and merge_refusal(partials, out=out) is None:
+        partials, out = layer.partials[self._key], self._target(layer)
+        if not self._runner.backend.writes_out:
+            out = None  # each layer has partials of its own
+        if out is not None and merge_refusal(partials, out=out) is None:
             self._args = merge_args(partials, out=out)
             self._offset = out.data_ptr() - layer.out.data_ptr()
         self(layer)
 
     def __call__(self, layer: Layer) -> None:
-        partials = layer.partials.pop(self._key)
+        partials, out = layer.partials.pop(self._key), self._out
         if self._args is None:
-            merge(partials, out=self._target(layer))
+            out = merge(partials, out=self._target(layer))
         else:
             if self._is_own:
                 self._args.dst = layer.out.data_ptr() + self._offset
             stream = torch.cuda.current_stream(layer.out.device).cuda_stream
             native = self._runner.native
             native.check(native.library.sf_merge(byref(self._args), stream))
-        if self._out is not None:
-            layer.finished[self._key] = self._out
+        if not self._is_own:
+            assert out is not None
+            layer.finished[self._key] = out
 
-    def _target(self, layer: Layer) -> Tensor:
-        return layer.out[:, :, self._columns] if self._out is None else self._out
+    def _target(self, layer: Layer) -> Tensor | None:
+        return layer.out[:, :, self._columns] if self._is_own else self._out

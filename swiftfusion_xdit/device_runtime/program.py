@@ -127,7 +127,7 @@ class Compiler:
         stream = STREAMS.index(step.stream)
         for chunk in step.queries:
             key = (chunk, step.heads)
-            if self.runner.num_partials[key] > 1:
+            if self.runner.program.num_partials[key] > 1:
                 call = MergeCall(self.runner, *key, stream)
                 self._call(call, self.plan.shape.query_lengths[chunk])
             elif chunk == self.runner.rank and key in self.outputs:

@@ -15,7 +15,9 @@ so a program may run any number of times, after and before any other, without a 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
 from swiftfusion_xdit.mesh import Mesh
@@ -158,6 +160,20 @@ class Program:
     query_order: tuple[int, ...]
     key_order: tuple[int, ...]
     steps: tuple[Step, ...]
+
+    @cached_property
+    def num_partials(self) -> Counter[tuple[int, int]]:
+        """How many calls attend (a query chunk, a head group)."""
+        return Counter(
+            (chunk, step.heads)
+            for step in self.steps
+            if isinstance(step, Attend)
+            for chunk in step.queries
+        )
+
+    def in_place(self, step: Attend) -> bool:
+        """Whether ``step`` gives a part of the rank's result: its own rows, once and alone."""
+        return step.queries == (self.rank,) and self.num_partials[self.rank, step.heads] == 1
 
     def reads(self, step: Step) -> tuple[Block, ...]:
         """The blocks that ``step`` reads from this rank's slots."""
