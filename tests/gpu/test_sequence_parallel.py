@@ -62,17 +62,24 @@ def attend(rank: int, num_ranks: int, backend: str) -> list[tuple[str, float]]:
     return errors
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "sdpa_flash"])
+def need(backend: str) -> str:
+    if backend == "fa4":
+        pytest.importorskip("flash_attn.cute.interface", reason="needs flash-attn-4")
+    return backend
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "sdpa_flash", "fa4"])
 def test_exact(backend: str) -> None:
+    need(backend)
     for errors in run_on_gpus(2, attend, backend):
         assert all(error <= 1e-2 for _, error in errors), errors
 
 
-def replay(rank: int, num_ranks: int, schedule: str) -> str:
+def replay(rank: int, num_ranks: int, schedule: str, backend: str) -> str:
     """Two layers captured, replayed with fresh inputs between eager layers."""
     lengths = [uneven(1001, num_ranks)] * 2
     with SequenceParallel(
-        mesh=Mesh(torus=num_ranks), schedule=schedule, backend="sdpa_flash", device="cuda"
+        mesh=Mesh(torus=num_ranks), schedule=schedule, backend=backend, device="cuda"
     ) as sp:
         cases = [inputs(rank, seed, lengths, (6, 6))[0] for seed in range(4)]
         expected = [sp.attention(*case).clone() for case in cases]
@@ -99,8 +106,9 @@ def replay(rank: int, num_ranks: int, schedule: str) -> str:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_graph_replays_give_the_same_bits(schedule: str) -> None:
-    assert run_on_gpus(2, replay, schedule) == ["same bits"] * 2
+@pytest.mark.parametrize("backend", ["sdpa_flash", "fa4"])
+def test_graph_replays_give_the_same_bits(schedule: str, backend: str) -> None:
+    assert run_on_gpus(2, replay, schedule, need(backend)) == ["same bits"] * 2
 
 
 def planned(rank: int, num_ranks: int) -> tuple[float, str]:
