@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -320,33 +321,46 @@ def _initialize(core: Any, rank: int, size: int) -> None:
     raw = unique_id._data.view("int64")
     mine = raw.tolist() if rank == 0 else [0] * raw.size
     raw[:] = segment.exchange(world, mine)[0]
+    os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")  # nothing here uses NVLink's multicast
     core.init(device=device, uid=unique_id, rank=rank, nranks=size, initializer_method="uid")
-    atexit.register(_finalize, core)
+    atexit.register(_Finalizer(core, torch.cuda.current_device()).run)
 
 
-def _finalize(core: Any) -> None:
-    """Give NVSHMEM's resources back at exit.
+class _Finalizer:
+    """Gives NVSHMEM's resources back at exit.
 
-    All ranks must come here for it to end. One that fails does not, so nobody waits for long.
+    All ranks must come to it for it to end. One that fails does not, so nobody waits for long: a
+    thread does the work. It starts now, because Python may start none once the process ends.
     """
-    global _library
-    failing = hasattr(sys, "last_value")  # an exception that nobody caught
-    if _library is None or failing:
-        return
-    _library = None
 
-    def finalize() -> None:
+    def __init__(self, core: Any, device: int) -> None:
+        self._core = core
+        self._device = device
+        self._due = threading.Event()
+        self._thread = threading.Thread(
+            target=self._finalize, name="swiftfusion-nvshmem", daemon=True
+        )
+        self._thread.start()
+
+    def run(self) -> None:
+        global _library
+        failing = hasattr(sys, "last_value")  # an exception that nobody caught
+        if _library is None or failing:
+            return
+        _library = None
+        self._due.set()
+        self._thread.join(FINALIZE_TIMEOUT_S)
+        if self._thread.is_alive():
+            logger.warning("NVSHMEM did not finalise within %g s", FINALIZE_TIMEOUT_S)
+
+    def _finalize(self) -> None:
+        self._due.wait()
         try:
+            torch.cuda.set_device(self._device)  # of this thread: NVSHMEM's streams live there
             torch.cuda.synchronize()
-            core.finalize()
+            self._core.finalize()
         except Exception as error:  # the process ends anyway, with the status that it has
             logger.warning("NVSHMEM did not finalise: %s", error)
-
-    thread = threading.Thread(target=finalize, name="swiftfusion-nvshmem", daemon=True)
-    thread.start()
-    thread.join(FINALIZE_TIMEOUT_S)
-    if thread.is_alive():
-        logger.warning("NVSHMEM did not finalise within %g s", FINALIZE_TIMEOUT_S)
 
 
 def _import() -> tuple[Any, Any]:
