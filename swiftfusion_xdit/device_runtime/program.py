@@ -60,6 +60,7 @@ class Compiler:
         self.ops: list[Op] = []
         self.parts: list[tuple[int, int] | Call] = []
         self.num_events = 0
+        self.offered = 0  # the event after which this layer's output slots are offered
         self.outputs: dict[Output, _Array] = {}
         self.waited: set[tuple[int, Block]] = set()  # messages, by stream
         self.unreleased = Counter(
@@ -161,6 +162,7 @@ class Compiler:
         for release in self._message_ends(Release):
             if release.block.tensor == "o":
                 self._release(ASIDE, release.block, release.peer)
+        self.offered = self._record(ASIDE)
 
     def _message_ends(self, kind: type[_Flagged]) -> Iterator[_Flagged]:
         """Steps of one kind, one for each message."""
@@ -233,6 +235,9 @@ class Compiler:
         block = self.plan.message_block(self.runner.rank, step.block)
         if (stream, block) not in self.waited:
             self.waited.add((stream, block))
+            if block.tensor == "o" and stream != ASIDE:
+                # Until the slot is offered, FULL is still that of the layer before the last.
+                self.ops.append(Op.wait_event(stream, self.offered))
             self.ops.append(Op.wait(stream, self._own_flag(replace(step, block=block))))
 
     def _release(self, stream: int, block: Block, peer: int) -> None:

@@ -1,0 +1,188 @@
+"""GPUs, streams and a native library that exist in Python alone: compiled programs on CPU memory.
+
+Each rank has in-order streams. The host enqueues, as it does for a GPU, and a scheduler then runs
+whatever is ready in a random order: any order that real streams of real GPUs may take. Addresses
+are those of CPU tensors, so a copy or a flag that goes astray does so here too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftfusion_xdit.attention.cpu import CpuBackend
+from swiftfusion_xdit.attention.merge import merge
+from swiftfusion_xdit.native import Op
+from swiftfusion_xdit.native.ops import OpKind
+from swiftfusion_xdit.native.structs import MergeArgs
+
+Ready = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class FakeStream:
+    """As much of ``torch.cuda.Stream`` as the runtime asks for."""
+
+    cuda_stream: int
+
+
+@dataclass
+class Machine:
+    """The streams of every rank, and the order in which they get on."""
+
+    seed: int
+    queues: dict[int, deque[tuple[str, Ready, Callable[[], None]]]] = field(
+        default_factory=lambda: defaultdict(deque)
+    )
+    current: FakeStream = FakeStream(0)
+
+    def enqueue(self, stream: int, name: str, run: Callable[[], None], ready: Ready) -> None:
+        self.queues[stream].append((name, ready, run))
+
+    def drain(self) -> None:
+        """Run until every stream is empty.
+
+        Raises:
+            AssertionError: streams wait for each other.
+        """
+        rng = random.Random(self.seed)
+        while busy := [stream for stream, queue in self.queues.items() if queue]:
+            ready = [stream for stream in busy if self.queues[stream][0][1]()]
+            assert ready, {stream: self.queues[stream][0][0] for stream in busy}
+            # One of them for a while: real streams run far ahead of one another.
+            stream = rng.choice(ready)
+            for _ in range(rng.choice((1, 1, 2, 8))):
+                if not self.queues[stream] or not self.queues[stream][0][1]():
+                    break
+                self.queues[stream].popleft()[2]()
+
+
+class FakeProgram:
+    """Enqueues operations of csrc/swiftfusion.h."""
+
+    def __init__(self, machine: Machine, ops: Sequence[Op]) -> None:
+        self.machine, self.ops = machine, list(ops)
+        self.num_bases = 1 + max(max(op.src_base, op.dst_base) for op in self.ops)
+        self.num_streams = 1 + max(op.stream for op in self.ops)
+        self._recorded: dict[int, list[bool]] = {}
+
+    def bind(self, bases: Sequence[int], streams: Sequence[int]) -> None:
+        assert len(bases) == self.num_bases and len(streams) == self.num_streams
+        self._bases, self._streams = list(bases), list(streams)
+
+    def set_base(self, index: int, address: int) -> None:
+        self._bases[index] = address
+
+    def run(self, begin: int, end: int) -> None:
+        for op in self.ops[begin:end]:
+            self._enqueue(op)
+
+    def _enqueue(self, op: Op) -> None:
+        src, dst = (
+            offset if base < 0 else self._bases[base] + offset
+            for base, offset in ((op.src_base, op.src_offset), (op.dst_base, op.dst_offset))
+        )
+        kind = OpKind(op.kind)
+        run, ready = self._meaning(op, kind, src, dst)
+        self.machine.enqueue(self._streams[op.stream], f"{kind.name} {src:#x}", run, ready)
+
+    def _meaning(
+        self, op: Op, kind: OpKind, src: int, dst: int
+    ) -> tuple[Callable[[], None], Ready]:
+        if kind in (OpKind.COPY, OpKind.COPY_KERNEL):
+            assert all(self._bases[base] for base in (op.src_base, op.dst_base) if base >= 0)
+            return lambda: _copy(op, src, dst), lambda: True
+        if kind in (OpKind.WRITE, OpKind.CLEAR):
+            value = op.value if kind == OpKind.WRITE else 0
+            return lambda: setattr(word(dst), "value", value), lambda: True
+        if kind == OpKind.WAIT:
+            return lambda: None, lambda: word(src).value == op.value
+        if kind == OpKind.RECORD:
+            done = self._recorded[op.event] = [False]
+            return lambda: done.__setitem__(0, True), lambda: True
+        done = self._recorded[op.event]  # the record that was enqueued last
+        return lambda: None, lambda: done[0]
+
+
+def word(address: int) -> Any:
+    """A flag."""
+    return ctypes.c_uint32.from_address(address)
+
+
+def _copy(op: Op, src: int, dst: int) -> None:
+    for plane in range(op.depth):
+        for row in range(op.height):
+            ctypes.memmove(
+                dst + plane * op.dst_plane + row * op.dst_pitch,
+                src + plane * op.src_plane + row * op.src_pitch,
+                op.width,
+            )
+
+
+class FakeNative:
+    """The native library's programs and merges."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.library = self
+
+    def program(self, ops: Sequence[Op]) -> FakeProgram:
+        return FakeProgram(self.machine, ops)
+
+    def sf_merge(self, reference: Any, stream: int) -> int:
+        args = MergeArgs.from_buffer_copy(reference._obj)
+        self.machine.enqueue(stream, "merge", lambda: _merge(args), lambda: True)
+        return 0
+
+    def check(self, status: int) -> None:
+        assert status == 0
+
+
+def _merge(args: MergeArgs) -> None:
+    shape = (args.batch, args.rows, args.heads, args.head_dim)
+    partials = [
+        (
+            tensor_at(args.out[i], shape, (*args.out_stride[i], 1)),
+            tensor_at(args.lse[i], (shape[0], shape[2], shape[1]), tuple(args.lse_stride[i])),
+        )
+        for i in range(args.num_partials)
+    ]
+    merge(partials, out=tensor_at(args.dst, shape, (*args.dst_stride, 1)))
+
+
+def tensor_at(address: int, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """float32 at an address."""
+    count = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    memory = (ctypes.c_char * (4 * count)).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float32).as_strided(tuple(shape), tuple(stride))
+
+
+class StreamedBackend(CpuBackend):
+    """Attention that is enqueued, and stores into what it is given."""
+
+    writes_out = True
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(torch.device("cpu"))
+        self.machine = machine
+
+    def launcher(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]:
+        def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+            def run() -> None:
+                result, found = self.forward(q, k, v, scale)
+                out.copy_(result)
+                lse.copy_(found)
+
+            stream = self.machine.current.cuda_stream
+            self.machine.enqueue(stream, "attend", run, lambda: True)
+
+        return launch

@@ -1,0 +1,192 @@
+"""Compiled programs of all ranks, run in any order that streams allow, give the exact result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swiftfusion_xdit.attention.reference import reference_attention, relative_error
+from swiftfusion_xdit.comm.stream import StreamBuffer, memory_bytes
+from swiftfusion_xdit.device_runtime import DeviceRunner, calls, scratch
+from swiftfusion_xdit.device_runtime.program import STREAMS
+from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.native.ops import OpKind
+from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Plan
+from swiftfusion_xdit.runtime import Layer
+from swiftfusion_xdit.schedule import build
+from swiftfusion_xdit.topology import Topology
+from tests.meshes import meshes_of
+from tests.sp_cases import uneven
+from tests.stream_machine import (
+    FakeNative,
+    FakeProgram,
+    FakeStream,
+    Machine,
+    StreamedBackend,
+    word,
+)
+
+HEADS, KV_HEADS, DIM, BATCH = 8, 8, 8, 2
+NUM_LAYERS = 5
+MESHES = [*meshes_of(2), *meshes_of(4), Mesh(2, 2, 2), Mesh(3, 1, 2), Mesh(1, 3, 2), Mesh(2, 2, 1)]
+
+
+class Ranks:
+    """Device runners of every rank of a plan, on one machine."""
+
+    def __init__(self, plan: Plan, machine: Machine) -> None:
+        self.plan, self.machine = plan, machine
+        size = plan.symmetric_bytes + scratch.num_bytes(plan)
+        self.memories = [
+            torch.zeros(memory_bytes(size, plan.num_flags), dtype=torch.uint8)
+            for _ in range(plan.mesh.size)
+        ]
+        addresses = [memory.data_ptr() for memory in self.memories]
+        self.notes = torch.zeros(2, dtype=torch.int32)
+        self.runners = [self._runner(rank, size, addresses) for rank in range(plan.mesh.size)]
+
+    def _runner(self, rank: int, size: int, addresses: list[int]) -> DeviceRunner:
+        plan = self.plan
+        runner: Any = object.__new__(DeviceRunner)
+        runner.plan, runner.rank = plan, rank
+        runner.program = plan.schedule.programs[rank]
+        runner._layout = plan.layouts[rank]
+        runner.backend = StreamedBackend(self.machine)
+        runner.native = FakeNative(self.machine)
+        runner.buffer = StreamBuffer(
+            self.memories[rank], addresses, rank=rank, num_bytes=size, num_flags=plan.num_flags
+        )
+        streams = [FakeStream(1 + rank * len(STREAMS) + idx) for idx in range(len(STREAMS))]
+
+        def enter() -> list[FakeStream]:
+            self.machine.current = streams[0]  # each rank's own process has this one
+            return streams
+
+        runner._streams = SimpleNamespace(enter=enter)
+        address = self.notes.data_ptr()
+        runner.notes = SimpleNamespace(
+            begin_notes=lambda: [(address, 1), (address + 4, 1)], end_notes=lambda: [(address, 0)]
+        )
+        runner._comm = SimpleNamespace(
+            layer_context="",
+            topology=Topology.split(plan.mesh.size, 1),
+            counters=SimpleNamespace(add=lambda *_, **__: None),
+        )
+        runner._compiled, runner._num_layers = {}, 0
+        self._set_flags(runner)
+        self._compile(runner, streams[0])
+        return runner
+
+    def _set_flags(self, runner: DeviceRunner) -> None:
+        """As DeviceRunner.reset_flags leaves them."""
+        for parity in range(NUM_PARITIES):
+            for peer, block in self.plan.free_flags[runner.rank]:
+                flag = self.plan.free_flag(runner.rank, peer, block, parity)
+                word(runner.buffer.flag_address(flag, runner.rank)).value = block.tensor != "o"
+
+    def _compile(self, runner: Any, stream: FakeStream) -> None:
+        self.machine.current = stream
+        for _ in range(NUM_PARITIES):
+            q, k, v = rows(self.plan, runner.rank, seed=0)
+            runner._compile_for(Layer({"q": q, "k": k, "v": v}, torch.empty_like(q), 0.3, None))
+            runner._num_layers += 1
+        runner._num_layers = 0
+
+
+def whole(plan: Plan, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = plan.shape
+    sizes = ((shape.query_lengths, HEADS), (shape.key_lengths, KV_HEADS))
+    return [
+        torch.randn(BATCH, sum(lengths), heads, DIM, generator=generator)
+        for lengths, heads in (sizes[0], sizes[1], sizes[1])
+    ]
+
+
+def rows(plan: Plan, rank: int, seed: int) -> list[Tensor]:
+    lengths = (plan.shape.query_lengths, plan.shape.key_lengths, plan.shape.key_lengths)
+    parts = zip(whole(plan, seed), lengths, strict=True)
+    return [x.split(list(each), dim=1)[rank].contiguous() for x, each in parts]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    machine = Machine(seed=0)
+    for name, function in {
+        "set_stream": lambda stream: setattr(machine, "current", stream),
+        "current_stream": lambda device=None: machine.current,
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": machine.drain,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    # It says that tensors must be on a GPU.
+    monkeypatch.setattr(calls, "merge_refusal", lambda partials, out: None)
+    yield machine
+
+
+def plan_of(schedule: str, mesh: Mesh, groups: int = 1, edge_heads: int = 0) -> Plan:
+    queries, keys = uneven(5 * mesh.size + 1, mesh.size), uneven(7 * mesh.size + 2, mesh.size)
+    shape = AttentionShape(BATCH, queries, keys, HEADS, KV_HEADS, DIM, torch.float32)
+    return Plan(shape, build(schedule, mesh, groups_per_rank=groups), edge_heads)
+
+
+def check_layers(plan: Plan, machine: Machine, seed: int) -> None:
+    machine.seed = seed
+    ranks = Ranks(plan, machine)
+    outs: dict[tuple[int, int], Tensor] = {}
+    alive = []
+    for layer in range(NUM_LAYERS):
+        for runner in ranks.runners:
+            mine = rows(plan, runner.rank, seed=layer)
+            alive.append(mine)
+            outs[layer, runner.rank] = runner.run(*mine, scale=0.3)
+    machine.drain()
+    for layer in range(NUM_LAYERS):
+        expected = reference_attention(*whole(plan, layer), scale=0.3)
+        for rank, mine in enumerate(expected.split(list(plan.shape.query_lengths), dim=1)):
+            if mine.numel():
+                error = relative_error(outs[layer, rank], mine)
+                assert error <= 1e-5, f"layer {layer}, rank {rank}, seed {seed}: {error:.2g}"
+    assert ranks.notes.tolist()[0] == 0, "every layer must be noted as ended"
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("schedule", ["torus", "folded"])
+def test_schedules_that_merge(schedule: str, mesh: Mesh, machine: Machine) -> None:
+    for seed in range(3):
+        check_layers(plan_of(schedule, mesh), machine, seed)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(("groups", "edge_heads"), [(1, 0), (2, 0), (3, 1)])
+def test_head_groups(groups: int, edge_heads: int, mesh: Mesh, machine: Machine) -> None:
+    if groups > HEADS // mesh.num_head_groups:
+        groups = 1
+    for seed in range(3):
+        check_layers(plan_of("pipelined", mesh, groups, edge_heads), machine, seed)
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh.ring == 1], ids=str)
+def test_whole_sequences(mesh: Mesh, machine: Machine) -> None:
+    for seed in range(3):
+        check_layers(plan_of("whole_sequence", mesh, 2), machine, seed)
+
+
+@pytest.mark.parametrize("kind", [OpKind.WAIT, OpKind.WAIT_EVENT])
+def test_the_machine_notices_what_is_missing(kind: OpKind, machine: Machine) -> None:
+    """Without its waits a program reads what is not there yet, in some order of the streams."""
+    program = FakeProgram._meaning
+
+    def without(self: FakeProgram, op: Any, this: OpKind, src: int, dst: int) -> Any:
+        run, ready = program(self, op, this, src, dst)
+        return (run, ready) if this != kind else (run, lambda: True)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(FakeProgram, "_meaning", without)
+        for seed in range(20):
+            check_layers(plan_of("folded", Mesh(torus=2)), machine, seed)
