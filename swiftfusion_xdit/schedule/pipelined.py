@@ -45,7 +45,7 @@ def pipelined(mesh: Mesh, rank: int, *, groups_per_rank: int = 2) -> Program:
 
 
 def whole_sequence(mesh: Mesh, rank: int, *, groups_per_rank: int = 2) -> Program:
-    """The same with one call a group.
+    """The same with one call a group; groups take turns on the two compute streams.
 
     Rows lie in rank order, so without a ring a kernel sees the sequence as one process would, as
     masks and sparse patterns need it.
@@ -57,10 +57,17 @@ def whole_sequence(mesh: Mesh, rank: int, *, groups_per_rank: int = 2) -> Progra
     )
     _exchange(b)
     for group in range(groups_per_rank):
+        compute: Stream = "compute2" if group % 2 else "compute"
         with b.stage(f"group[{group}]"):
-            _receive(b, chunks, group)
-            b.attend(queries, keys, group=group)
-            b.merge_and_push(queries, stream=_way_home(mesh), group=group)
+            _receive(b, chunks, group, compute)
+            b.attend(queries, keys, stream=compute, group=group)
+            b.merge_and_push(
+                queries,
+                stream=_way_home(mesh),
+                merge_stream=compute,
+                own_stream=compute,
+                group=group,
+            )
     b.collect_output()
     return b.finish()
 
@@ -73,15 +80,17 @@ def _exchange(b: ProgramBuilder) -> None:
         scatter(b, group=group)
 
 
-def _receive(b: ProgramBuilder, chunks: MachineChunks, group: int) -> None:
+def _receive(
+    b: ProgramBuilder, chunks: MachineChunks, group: int, stream: Stream = "compute"
+) -> None:
     for i in range(1, b.mesh.torus):
         relay_keys(b, chunks, i, group=group)
     for chunk in chunks.all_queries():
-        b.wait("q", chunk, group=group)
+        b.wait("q", chunk, stream=stream, group=group)
     for chunk in chunks.keys(0):
-        b.wait("kv", chunk, group=group)
+        b.wait("kv", chunk, stream=stream, group=group)
     for i in range(1, b.mesh.torus):
-        wait_relayed_keys(b, chunks, i, group=group)
+        wait_relayed_keys(b, chunks, i, stream=stream, group=group)
 
 
 def _way_home(mesh: Mesh) -> Stream:
