@@ -175,18 +175,20 @@ def _register_attention(module: ModuleType, patches: Patches) -> None:
     patches.set_item(module.ATTENTION_FUNCTION_REGISTRY, backend, flash_attention_with_lse)
 
 
-def _prefer_lse_backend(module: ModuleType, patches: Patches) -> None:
-    """Where no backend is named and a ring runs, take the one that has an LSE."""
+def _select_cpu_backend(module: ModuleType, patches: Patches) -> None:
+    """Where no backend is named, one that runs here, and with an LSE if a ring needs it.
+
+    A CUDA build of torch has cuDNN, and xDiT would take that, also where there is no GPU.
+    """
     state_class, backends = module.RuntimeState, module.AttentionBackendType
     original = state_class._select_attention_backend
 
     @functools.wraps(original)
     def select(self: Any, engine_config: Any = None) -> Any:
-        backend = original(self, engine_config)
-        named = engine_config and engine_config.runtime_config.attention_backend
-        if backend is backends.SDPA and not named and self.parallel_config.ring_degree > 1:
-            return backends.SDPA_FLASH
-        return backend
+        if engine_config and engine_config.runtime_config.attention_backend:
+            return original(self, engine_config)
+        has_ring = self.parallel_config.ring_degree > 1
+        return backends.SDPA_FLASH if has_ring else backends.SDPA
 
     patches.set(state_class, "_select_attention_backend", select)
 
@@ -196,6 +198,6 @@ _CHANGES: dict[str, Callable[[ModuleType, Patches], None]] = {
     "xfuser.core.distributed.attention_backend": _register_attention,
     "xfuser.core.distributed.fp8_comms": _bind_process_group,
     "xfuser.core.sparge_attention.head_balance": _bind_process_group,
-    "xfuser.core.distributed.runtime_state": _prefer_lse_backend,
+    "xfuser.core.distributed.runtime_state": _select_cpu_backend,
     "xfuser.model_executor.layers.usp": _bind_process_group,
 }
