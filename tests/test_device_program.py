@@ -32,7 +32,6 @@ from tests.stream_machine import (
 )
 
 HEADS, KV_HEADS, DIM, BATCH = 8, 8, 8, 2
-NUM_LAYERS = 5
 MESHES = [*meshes_of(2), *meshes_of(4), Mesh(2, 2, 2), Mesh(3, 1, 2), Mesh(1, 3, 2), Mesh(2, 2, 1)]
 
 
@@ -135,18 +134,21 @@ def plan_of(schedule: str, mesh: Mesh, groups: int = 1, edge_heads: int = 0) -> 
     return Plan(shape, build(schedule, mesh, groups_per_rank=groups), edge_heads)
 
 
-def check_layers(plan: Plan, machine: Machine, seed: int) -> None:
+def check_layers(
+    plan: Plan, machine: Machine, seed: int, parities: tuple[int, ...] = (0, 1, 0, 1, 0)
+) -> None:
     machine.seed = seed
     ranks = Ranks(plan, machine)
     outs: dict[tuple[int, int], Tensor] = {}
     alive = []
-    for layer in range(NUM_LAYERS):
+    for layer, parity in enumerate(parities):
         for runner in ranks.runners:
+            runner._num_layers = parity
             mine = rows(plan, runner.rank, seed=layer)
             alive.append(mine)
             outs[layer, runner.rank] = runner.run(*mine, scale=0.3)
     machine.drain()
-    for layer in range(NUM_LAYERS):
+    for layer in range(len(parities)):
         expected = reference_attention(*whole(plan, layer), scale=0.3)
         for rank, mine in enumerate(expected.split(list(plan.shape.query_lengths), dim=1)):
             if mine.numel():
@@ -175,6 +177,24 @@ def test_head_groups(groups: int, edge_heads: int, mesh: Mesh, machine: Machine)
 def test_whole_sequences(mesh: Mesh, machine: Machine) -> None:
     for seed in range(3):
         check_layers(plan_of("whole_sequence", mesh, 2), machine, seed)
+
+
+@pytest.mark.parametrize("parities", [(0, 0, 0, 0), (1, 1, 0, 0, 1), (0, 1, 1, 1, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "mesh", "groups"),
+    [
+        ("torus", Mesh(2, 1, 2), 1),
+        ("folded", Mesh(2, 2, 1), 1),
+        ("pipelined", Mesh(1, 2, 2), 2),
+        ("torus", Mesh(ring=2), 1),
+    ],
+)
+def test_layers_as_replayed_graphs_follow_one_another(
+    schedule: str, mesh: Mesh, groups: int, parities: tuple[int, ...], machine: Machine
+) -> None:
+    """A graph of one layer, or of an odd number, has the same slots again and again."""
+    for seed in range(5):
+        check_layers(plan_of(schedule, mesh, groups), machine, seed, parities)
 
 
 @pytest.mark.parametrize("kind", [OpKind.WAIT, OpKind.WAIT_EVENT])
