@@ -47,7 +47,7 @@ EXTRAS = {
     "cuda": ["flash-attn-4", "nvshmem4py-cu13"],
     "plots": PLOTS,
     "video": VIDEO,
-    "test": [*PLOTS, *VIDEO, "hypothesis", "mypy", "pytest>=8", "pytest-timeout", "ruff"],
+    "test": [*PLOTS, *VIDEO, "hypothesis", "mypy", "pytest>=8", "pytest-timeout", "ray", "ruff"],
 }
 
 

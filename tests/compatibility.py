@@ -18,7 +18,12 @@ PAGE = ROOT / "docs" / "compatibility.md"
 # A feature of xDiT, what it is together with torus, and the test that shows it.
 FEATURES = [
     ("CFG parallel, data parallel", "exact", "test_xdit_many_groups.py"),
-    ("fully sharded weights", "exact", "test_xdit_beside.py"),
+    (
+        "fully sharded weights, `--memory_efficient_sharding`",
+        "exact",
+        "test_xdit_beside.py",
+    ),
+    ("Ray workers", "exact, on GPUs that Ray is told of", "test_xdit_ray.py"),
     ("keys that PipeFusion keeps", "exact in calls of USP", "test_xdit_patch_cache.py"),
     (
         "torch.compile of a call",
@@ -66,8 +71,16 @@ REST = """
 |---|---|---|
 {rows}
 
-Not run with torus: what xDiT itself does not run on CPU ranks, which is asynchronous PipeFusion as
-a whole and `--use_parallel_vae`; Ray workers; ConsisID, MiniMax-H3, LingBot-Video and causal Wan.
+Not run with torus, as they do not run on CPU ranks: asynchronous PipeFusion as a whole,
+`--use_parallel_vae`, and `--fully_shard_degree` without `--memory_efficient_sharding`, for which
+xDiT takes torch's FullyShardedDataParallel, and that wants an accelerator.
+
+MiniMax-H3, whose rows xDiT splits by the Ulysses degree alone, ran with `--ulysses_degree 4`. Its
+text, sound and video are one sequence, which xDiT pads to a multiple of 64 rows: *uneven image* is
+a sequence that is none. Causal Wan never splits its sequence: xDiT's runner takes neither
+`--ulysses_degree` nor `--ring_degree` for it (`runner_models/causal_wan.py`, `capabilities`), and
+its wrapper calls no `USP`. LingBot-Video's wrapper needs the package `lingbot_video`, which neither
+xfuser nor diffusers brings, so no tiny model of it can be made.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,35 @@ from tests.xdit_models import wan
 TOLERANCE = 1e-5
 
 
-def sharded(rank: int, world_size: int) -> tuple[float, float]:
-    """Wan with each block's weights shared out by torch, as xDiT's --fully_shard_degree does."""
+def by_torch(wrapper: Any, group: Any) -> Any:
+    """Each block's weights shared out by torch itself."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
+    mesh = dist.init_device_mesh("cpu", (group.size(),))
+    for block in wrapper.blocks:
+        fully_shard(block, mesh=mesh)
+    return wrapper
+
+
+def by_xdit(wrapper: Any, group: Any) -> Any:
+    """As xDiT's --fully_shard_degree does with --memory_efficient_sharding, block by block.
+
+    Without it xDiT takes torch's FullyShardedDataParallel, which refuses CPU ranks.
+    """
+    from xfuser.core.distributed import shard_component
+
+    return shard_component(
+        wrapper,
+        wrap_attrs=["blocks"],
+        process_group=group,
+        device_id=0,
+        memory_efficient_init=True,
+    )
+
+
+def sharded(rank: int, world_size: int, shard: Callable[..., Any]) -> tuple[float, float]:
+    """Wan with its weights shared out; the error, and which part of a block's a rank holds."""
     wrapper_class, config, inputs = wan.build("uneven image")
     with xdit_cases.xdit_groups(), torch.no_grad():
         plain = xdit_cases.randomize(wrapper_class.__mro__[1](**config), 0)
@@ -27,17 +52,20 @@ def sharded(rank: int, world_size: int) -> tuple[float, float]:
         xdit_cases.start(xdit_cases.Holder(plain), sp_strategy="torus", **arguments)
         wrapper = wrapper_class(**config).eval()
         wrapper.load_state_dict(plain.state_dict())
-        mesh = dist.init_device_mesh("cpu", (world_size,))
-        for block in wrapper.blocks:
-            fully_shard(block, mesh=mesh)
-        weight = wrapper.blocks[0].attn1.to_q.weight
-        share = weight.to_local().numel() / weight.numel()  # type: ignore[operator]
-        out = wrapper(**inputs, return_dict=False)[0]
+        from xfuser.core.distributed import get_world_group
+
+        model = shard(wrapper, get_world_group().device_group)
+        weight = model.blocks[0].attn1.to_q.weight
+        share = weight.to_local().numel() / weight.numel()
+        out = model(**inputs, return_dict=False)[0]
         return xdit_cases.relative_difference(out, expected), share
 
 
-def test_fully_sharded_weights(rank_pool: Callable[[int], RankPool]) -> None:
-    for error, share in rank_pool(4).run(sharded, timeout_s=120):
+@pytest.mark.parametrize("shard", [by_torch, by_xdit])
+def test_fully_sharded_weights(
+    rank_pool: Callable[[int], RankPool], shard: Callable[..., Any]
+) -> None:
+    for error, share in rank_pool(4).run(sharded, shard, timeout_s=120):
         assert share == 1 / 4
         assert error <= TOLERANCE
 

@@ -14,12 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swiftfusion_xdit.xdit import session as sessions
 from tests import xdit_calls, xdit_cases
 from tests.distributed import RankPool
 
 TOLERANCE = 2e-6
 ROWS, BLOCK = 32, 4
-MESHES = (None, "torus=2,ulysses=1,ring=2")  # a forced ring gives way to the kernel's need
+# Without a ring, so that a forced mesh is one that these kernels can run in.
+FORCED: tuple[dict[str, str], ...] = (
+    {},
+    {"sp_mesh": "torus=1,ulysses=4,ring=1"},
+    {"sp_mesh": "torus=4,ulysses=1,ring=1", "sp_schedule": "pipelined"},
+)
 
 
 def quantised(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, None]:
@@ -78,10 +84,20 @@ def results(rank: int, world_size: int, strategy: str, arguments: Any) -> dict[s
         registry.update({types[name]: function for name, function in FUNCTIONS.items()})
         with xdit_cases.xdit_groups():
             xdit_calls.start(strategy, **arguments)
-            return {name: one(rank, world_size, *case) for name, case in CASES.items()}
+            found = {name: one(rank, world_size, *case) for name, case in CASES.items()}
+            if arguments.get("sp_mesh"):
+                assert meshes_in_use() == {arguments["sp_mesh"]}
+            return found
     finally:
         registry.clear()
         registry.update(known)
+
+
+def meshes_in_use() -> set[str]:
+    """Of all that the session has attended with."""
+    session = sessions.current()
+    assert session is not None and session._open
+    return {str(opened.plan.mesh) for opened in session._open.values()}
 
 
 def one(rank: int, size: int, backend: str, arguments: dict[str, Any]) -> float:
@@ -120,9 +136,11 @@ def balanced(arguments: dict[str, Any]) -> Any:
     return layer
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_sees_the_whole_sequence(rank_pool: Callable[[int], RankPool], mesh: str | None) -> None:
-    arguments = {"sp_mesh": mesh, "use_spargeattn_head_balance": True}
+@pytest.mark.parametrize("forced", FORCED)
+def test_sees_the_whole_sequence(
+    rank_pool: Callable[[int], RankPool], forced: dict[str, str]
+) -> None:
+    arguments = {**forced, "use_spargeattn_head_balance": True}
     found = rank_pool(4).run(results, "torus", arguments, timeout_s=120)
     for name in CASES:
         values = [result[name] for result in found]
@@ -158,7 +176,7 @@ def refused(rank: int, world_size: int) -> dict[str, str]:
     try:
         registry.update({types[name]: function for name, function in FUNCTIONS.items()})
         with xdit_cases.xdit_groups():
-            xdit_calls.start(num_heads=3, sp_mesh="torus=2,ulysses=1,ring=2")
+            xdit_calls.start(num_heads=3)
             for name, (_, backend, arguments) in calls.items():
                 with pytest.raises(NotImplementedError) as caught:
                     xdit_calls.usp_module().USP(q, q, q, backend=types[backend], **arguments)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tests import xdit_calls, xdit_cases
 from tests.distributed import RankPool
+from tests.test_xdit_kernels import quantised
 
 REFUSED: dict[str, dict[str, Any]] = {
     "dropout_p=0.5": {"dropout_p": 0.5},
@@ -75,19 +77,92 @@ class Heard(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def fall_back(rank: int, world_size: int) -> tuple[float, float, list[str]]:
-    heard = Heard()
-    logger = logging.getLogger("swiftfusion_xdit.xdit.dispatch")
-    logger.addHandler(heard)
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """What dispatch says inside."""
+    handler, logger = Heard(), logging.getLogger("swiftfusion_xdit.xdit.dispatch")
+    logger.addHandler(handler)
+    try:
+        yield handler.messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def dense(size: int) -> dict[str, Any]:
+    """A mask of the rows that `xdit_calls.call` has by default; it masks nothing."""
+    return {"attention_kwargs": {"attn_mask": torch.ones(1, 1, 8 * size, 8 * size, dtype=bool)}}
+
+
+# Forced by the user; a mesh with a ring, and a schedule that merges partial outputs.
+SPLITTING: dict[str, dict[str, str]] = {
+    "--sp-mesh torus=2,ulysses=1,ring=2, which splits them: it needs ring=1, got ring=2": {
+        "sp_mesh": "torus=2,ulysses=1,ring=2"
+    },
+    "--sp-schedule, which must then be auto or pipelined, got torus": {"sp_schedule": "torus"},
+    "which must then be auto or pipelined, got folded": {
+        "sp_mesh": "torus=2,ulysses=2,ring=1",
+        "sp_schedule": "folded",
+    },
+}
+
+
+def splitting(rank: int, world_size: int, forced: dict[str, str]) -> list[str]:
+    """What is said to a mask, and to a kernel of xDiT's; other calls run."""
+    import xfuser.core.distributed.attention_backend as attention_backend
+
+    sage = attention_backend.AttentionBackendType.SAGE
+    registry = attention_backend.ATTENTION_FUNCTION_REGISTRY
+    known = dict(registry)
+    registry[sage] = quantised
+    found = []
     try:
         with xdit_cases.xdit_groups():
-            xdit_calls.start(sp_fallback="usp", ulysses_degree=2, ring_degree=1)
-            kwargs = {"attention_kwargs": {"never_heard_of": 1}}
-            s_q = (8, 8)
-            fallen = [xdit_calls.call(rank % 2, s_q=s_q, **kwargs) for _ in range(2)]
-            return max(fallen), xdit_calls.call(rank % 2, s_q=s_q), heard.messages
+            xdit_calls.start(**forced)
+            for case in (dense(world_size), {"backend": sage}):
+                with pytest.raises(NotImplementedError) as caught:
+                    xdit_calls.call(rank, **case)
+                found.append(str(caught.value))
+            assert xdit_calls.call(rank) <= 2e-6
     finally:
-        logger.removeHandler(heard)
+        registry.clear()
+        registry.update(known)
+    return found
+
+
+@pytest.mark.parametrize("expected", SPLITTING)
+def test_forced_layouts_that_split_sequences(
+    rank_pool: Callable[[int], RankPool], expected: str
+) -> None:
+    for mask, kernel in rank_pool(4).run(splitting, SPLITTING[expected], timeout_s=120):
+        assert mask.startswith("--sp-strategy torus does not support attention_kwargs['attn_mask']")
+        assert kernel.startswith("--sp-strategy torus does not support attention backend SAGE")
+        for message in (mask, kernel):
+            assert expected in message
+            assert "--sp-fallback usp" in message
+
+
+def fall_back_from_ring(rank: int, world_size: int) -> tuple[float, list[str]]:
+    with heard() as messages, xdit_cases.xdit_groups():
+        forced = {"sp_mesh": "torus=1,ulysses=1,ring=2", "sp_machines": "auto"}
+        xdit_calls.start(sp_fallback="usp", ulysses_degree=2, ring_degree=1, **forced)
+        arguments: dict[str, Any] = {"s_q": (8, 8), **dense(world_size)}
+        return max(xdit_calls.call(rank, **arguments) for _ in range(2)), messages
+
+
+def test_fallback_from_a_forced_ring(rank_pool: Callable[[int], RankPool]) -> None:
+    for fallen, warnings in rank_pool(2).run(fall_back_from_ring, timeout_s=120):
+        assert fallen <= 2e-6
+        assert len(warnings) == 1
+        assert "attn_mask" in warnings[0] and "needs ring=1, got ring=2" in warnings[0]
+
+
+def fall_back(rank: int, world_size: int) -> tuple[float, float, list[str]]:
+    with heard() as messages, xdit_cases.xdit_groups():
+        xdit_calls.start(sp_fallback="usp", ulysses_degree=2, ring_degree=1)
+        kwargs = {"attention_kwargs": {"never_heard_of": 1}}
+        s_q = (8, 8)
+        fallen = [xdit_calls.call(rank % 2, s_q=s_q, **kwargs) for _ in range(2)]
+        return max(fallen), xdit_calls.call(rank % 2, s_q=s_q), messages
 
 
 def test_fallback_warns_once_and_takes_xdits_path(rank_pool: Callable[[int], RankPool]) -> None:

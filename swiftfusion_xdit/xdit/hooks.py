@@ -183,7 +183,8 @@ def _replaces_usp(parallel_config: Any) -> bool:
 
 
 def _correct(module: ModuleType) -> None:
-    corrections.apply(module, _patches)
+    for problem in corrections.apply(module, _patches):
+        notes.add(problem)
 
 
 class _as_if_one:
@@ -201,12 +202,13 @@ class _as_if_one:
         setattr(self.config, self.name, self.degree)
 
 
-_HOOKS: dict[str, tuple[Callable[[ModuleType], list[str]], Callable[[ModuleType], None] | None]] = {
+_Hook = tuple[Callable[[ModuleType], list[str]] | None, Callable[[ModuleType], None] | None]
+_HOOKS: dict[str, _Hook] = {
     "xfuser.config.args": (compat.check_args, _hook_args),
     "xfuser.core.distributed.runtime_state": (compat.check_runtime_state, _hook_runtime_state),
     "xfuser.core.distributed.parallel_state": (compat.check_parallel_state, None),
     "xfuser.model_executor.layers.usp": (compat.check_usp, None),
-    **dict.fromkeys(corrections.CORRECTED, (corrections.check, _correct)),
+    **dict.fromkeys(corrections.CORRECTED, (None, _correct)),
 }
 
 

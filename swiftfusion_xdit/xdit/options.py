@@ -56,6 +56,21 @@ class Options:
         """The strategy as the user would type it, for messages."""
         return f"--sp-strategy {self.strategy}"
 
+    @property
+    def split_sequence(self) -> str | None:
+        """Why kernels that must see whole sequences cannot run, in words, or None if they can."""
+        if self.mesh is not None and self.mesh.ring > 1:
+            return (
+                f"attention over whole sequences with --sp-mesh {self.mesh}, which splits them: it "
+                f"needs ring=1, got ring={self.mesh.ring}; give another --sp-mesh, or none"
+            )
+        if self.schedule not in ("auto", "pipelined"):
+            return (
+                "attention over whole sequences with --sp-schedule, which must then be auto or "
+                f"pipelined, got {self.schedule}"
+            )
+        return None
+
     def with_fp8_comms(self, state: Any) -> Options:
         """With fp8 on the wire, where a runtime state of xDiT was made with --use_fp8_comms."""
         return self if state.fp8_comms is None else replace(self, wire="fp8")

@@ -102,19 +102,24 @@ class Session:
         return attn_layer is not None and manager.has_cache_entry(attn_layer)
 
     def sequence_parallel(self, kernel: str) -> Any:
-        """The SequenceParallel that attends with ``kernel``; made on first use, collectively."""
+        """The SequenceParallel that attends with ``kernel``; made on first use, collectively.
+
+        Raises:
+            NotImplementedError: the kernel must see whole sequences, and a forced mesh or schedule
+                would split them.
+        """
         if kernel not in self._open:
             from swiftfusion_xdit.sequence_parallel import SequenceParallel
 
             backend = self._backend(kernel)
-            # A kernel that sees whole sequences leaves no choice of mesh and schedule.
-            is_free = not isinstance(backend, Backend)
+            if isinstance(backend, Backend) and (conflict := self.options.split_sequence):
+                raise NotImplementedError(f"{self.options.flag} does not support {conflict}")
             self._open[kernel] = SequenceParallel(
                 self.group.device_group,
                 strategy=self.options.strategy,
                 machines=groups.sp_topology(self.group, self.options),
-                mesh=self.options.mesh if is_free else None,
-                schedule=self.options.schedule if is_free else "auto",
+                mesh=self.options.mesh,
+                schedule=self.options.schedule,
                 wire=self.options.wire,
                 transport=self.options.transport,
                 backend=backend,

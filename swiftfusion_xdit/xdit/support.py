@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from swiftfusion_xdit.xdit.attend import EXTRA_INPUTS
+from swiftfusion_xdit.xdit.key_masks import is_key_mask
 from swiftfusion_xdit.xdit.session import OPAQUE, Session
 
 # Entries of attention_kwargs that only block-sparse backends read: a dense backend, xDiT's or
@@ -68,7 +69,7 @@ def _unsupported_by_opaque(
                 f"attention_kwargs[{EXTRA_INPUTS!r}] {name!r} of shape {tuple(extra.shape)} with "
                 f"queries {tuple(query.shape)} and joint_strategy={joint_strategy!r}"
             )
-    return _too_few_heads(session, query, f"attention backend {kernel[len(OPAQUE) :]}")
+    return _not_whole(session, query, f"attention backend {kernel[len(OPAQUE) :]}")
 
 
 def _unsupported_mask(
@@ -85,7 +86,18 @@ def _unsupported_mask(
         return (
             f"attention_kwargs['attn_mask'] of shape {tuple(mask.shape)}: it must be [b, 1, s, s]"
         )
-    return _too_few_heads(session, query, "attention_kwargs['attn_mask']")
+    if is_key_mask(mask) and mask.shape[3] > 1:
+        # Masked rows stay at home, and any mesh and schedule serves.
+        return _too_few_heads(session, query, "attention_kwargs['attn_mask']")
+    return _not_whole(session, query, "attention_kwargs['attn_mask']")
+
+
+def _not_whole(session: Session, query: Tensor, what: str) -> str | None:
+    """Why no rank can attend the whole sequence, or None."""
+    conflict = session.options.split_sequence
+    if conflict is not None:
+        return f"{what}, {conflict}"
+    return _too_few_heads(session, query, what)
 
 
 def _too_few_heads(session: Session, query: Tensor, what: str) -> str | None:

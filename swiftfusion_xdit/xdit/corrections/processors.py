@@ -24,13 +24,30 @@ JOINT = "xFuserJointAttnProcessor2_0"
 PLAIN = "xFuserAttnProcessor2_0"
 
 
+_EXPECTED = ("self", "attn", "hidden_states", "encoder_hidden_states", "attention_mask")
+PARAMETERS = {
+    JOINT: (*_EXPECTED, "args", "kwargs"),
+    PLAIN: (*_EXPECTED, "temb", "latte_temporal_attention", "args", "kwargs"),
+}
+
+
 def check(module: ModuleType) -> list[str]:
-    expected = ("self", "attn", "hidden_states", "encoder_hidden_states", "attention_mask")
-    temporal = ("temb", "latte_temporal_attention", "args", "kwargs")
-    return [
-        *check_names(getattr(module, JOINT, None), "__call__", (*expected, "args", "kwargs")),
-        *check_names(getattr(module, PLAIN, None), "__call__", (*expected, *temporal)),
-    ]
+    return [problem for name in PARAMETERS for problem in _check(module, name)]
+
+
+def _check(module: ModuleType, name: str) -> list[str]:
+    return check_names(getattr(module, name, None), "__call__", PARAMETERS[name])
+
+
+def entries(module: ModuleType) -> list[tuple[Any, str]]:
+    """Of the two processors the unknown one; all of the module, if one has another name."""
+    owners = [getattr(module, name, None) for name in PARAMETERS if _check(module, name)]
+    if not owners:
+        owners = [getattr(module, name) for name in PARAMETERS]
+    if any("__call__" not in vars(owner or object) for owner in owners):
+        classes = [c for c in vars(module).values() if isinstance(c, type)]
+        owners = [c for c in classes if c.__module__ == module.__name__ and "__call__" in vars(c)]
+    return [(owner, "__call__") for owner in owners]
 
 
 def apply(module: ModuleType, patches: Patches) -> None:
