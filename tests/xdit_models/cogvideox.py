@@ -17,42 +17,21 @@ def run(feature: str, **arguments: Any) -> float | None:
 
 def build(feature: str) -> tuple[Any, dict[str, Any]]:
     from diffusers import (
-        AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )
 
-    height = 6 if feature == "uneven image" else 8
-    text = 15 if feature == "uneven text" else 16
+    height, text = sizes(feature)
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=NUM_HEADS,
-        attention_head_dim=HEAD_DIM,
+        **transformer_config(height, text),
         in_channels=4,
-        out_channels=4,
-        time_embed_dim=32,
-        text_embed_dim=32,
-        num_layers=2,
-        sample_width=8,
-        sample_height=height,
-        sample_frames=5,
-        patch_size=2,
-        max_text_seq_length=text,
         use_rotary_positional_embeddings=False,
-    )
-    vae = AutoencoderKLCogVideoX(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
     )
     pipeline = CogVideoXPipeline(
         transformer=randomize(transformer, 0),
         scheduler=CogVideoXDDIMScheduler(),
-        vae=vae,
+        vae=tiny_vae(),
         text_encoder=None,
         tokenizer=None,
     )
@@ -65,3 +44,39 @@ def build(feature: str) -> tuple[Any, dict[str, Any]]:
         "latents": noise(1, 2, 4, height, 8),
     }
     return pipeline, call
+
+
+def sizes(feature: str) -> tuple[int, int]:
+    """Rows of the latents, and tokens of the text."""
+    return 6 if feature == "uneven image" else 8, 15 if feature == "uneven text" else 16
+
+
+def transformer_config(height: int, text: int) -> dict[str, Any]:
+    """What transformers of this family have alike."""
+    return {
+        "num_attention_heads": NUM_HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "out_channels": 4,
+        "time_embed_dim": 32,
+        "text_embed_dim": 32,
+        "num_layers": 2,
+        "sample_width": 8,
+        "sample_height": height,
+        "sample_frames": 5,
+        "patch_size": 2,
+        "max_text_seq_length": text,
+    }
+
+
+def tiny_vae() -> Any:
+    from diffusers import AutoencoderKLCogVideoX
+
+    return AutoencoderKLCogVideoX(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tests.xdit_cases import HEAD_DIM, NUM_HEADS, noise, randomize, run_pipeline
+from tests.xdit_models import cogvideox
 
 TITLE = "ConsisID"
 FEATURES = ("even", "uneven image", "uneven text")
@@ -18,30 +19,15 @@ def run(feature: str, **arguments: Any) -> float | None:
 
 
 def build(feature: str) -> tuple[Any, dict[str, Any]]:
-    from diffusers import (
-        AutoencoderKLCogVideoX,
-        CogVideoXDDIMScheduler,
-        ConsisIDTransformer3DModel,
-    )
+    from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
 
     # Without OpenCV, which only draws key points, diffusers exports a stand-in by this name.
     from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
 
-    height = 6 if feature == "uneven image" else 8
-    text = 15 if feature == "uneven text" else 16
+    height, text = cogvideox.sizes(feature)
     transformer = ConsisIDTransformer3DModel(
-        num_attention_heads=NUM_HEADS,
-        attention_head_dim=HEAD_DIM,
+        **cogvideox.transformer_config(height, text),
         in_channels=8,
-        out_channels=4,
-        time_embed_dim=32,
-        text_embed_dim=32,
-        num_layers=2,
-        sample_width=8,
-        sample_height=height,
-        sample_frames=5,
-        patch_size=2,
-        max_text_seq_length=text,
         use_rotary_positional_embeddings=True,
         is_train_face=True,
         cross_attn_interval=1,
@@ -55,19 +41,10 @@ def build(feature: str) -> tuple[Any, dict[str, Any]]:
         LFE_num_querie=4,
         LFE_output_dim=NUM_HEADS * HEAD_DIM * 2 // 3,
     )
-    vae = AutoencoderKLCogVideoX(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
     pipeline = ConsisIDPipeline(
         transformer=randomize(transformer, 0),
         scheduler=CogVideoXDDIMScheduler(),
-        vae=randomize(vae, 1),
+        vae=randomize(cogvideox.tiny_vae(), 1),
         text_encoder=None,
         tokenizer=None,
     )
