@@ -9,8 +9,9 @@ on every replay. Nothing here synchronises with the device.
 | beat | 1 when a layer begins; the host clears it | a layer has begun since |
 | lane | a token before a wait, 0 after it | the flag that this stream waits for |
 
-A lane belongs to one stream at a time. Lanes 0 to 3 are for the streams of a compiled program, the
-others for calls of the communicator.
+A lane belongs to one stream that waits in calls of the communicator. A compiled program notes none
+of its waits, which would cost it two operations each: of those, every flag that is not set may be
+the one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from swiftfusion_xdit.comm.base import Flag
 from swiftfusion_xdit.comm.driver import CopyShape
 from swiftfusion_xdit.comm.watchdog import PendingWait
 
-NUM_PROGRAM_LANES = 4
 NUM_LANES = 16
 FLAG_BITS = 20  # of a token; the buffer's number is above
 MAX_BUFFERS = (1 << 32 - FLAG_BITS) - 1
@@ -83,17 +83,11 @@ class Heartbeat:
         """The same for when it has ended."""
         return [(self._address, 0)]
 
-    def lane_address(self, lane: int) -> int:
-        """Where the stream of a compiled program notes what it waits for: an aligned uint32."""
-        assert 0 <= lane < NUM_PROGRAM_LANES, f"lane {lane}"
-        return self._address + _LANE_OFFSET + 4 * lane
-
     def stream_lane_address(self, stream: int) -> int:
-        """The lane of a stream that the communicator's own calls run on."""
+        """Where a stream notes what it waits for: an aligned uint32."""
         lane = self._lane_of.get(stream)
         if lane is None:
-            free = NUM_LANES - NUM_PROGRAM_LANES
-            lane = self._lane_of[stream] = NUM_PROGRAM_LANES + len(self._lane_of) % free
+            lane = self._lane_of[stream] = len(self._lane_of) % NUM_LANES
         return self._address + _LANE_OFFSET + 4 * lane
 
     def take_beat(self) -> bool:
