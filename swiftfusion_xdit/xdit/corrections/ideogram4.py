@@ -10,23 +10,13 @@ from typing import Any
 
 from swiftfusion_xdit.xdit import corrections
 from swiftfusion_xdit.xdit.compat import check_names
+from swiftfusion_xdit.xdit.corrections import forwards
 from swiftfusion_xdit.xdit.patches import Patches
 from swiftfusion_xdit.xdit.session import Session
 
 # Makes the wrapper's class, when it is first asked for; MADE then holds it.
 MAKE = "_make_xfuser_ideogram4_transformer_wrapper"
 MADE = "_wrapper_cls"
-PARAMETERS = (
-    "self",
-    "hidden_states",
-    "timestep",
-    "encoder_hidden_states",
-    "position_ids",
-    "segment_ids",
-    "indicator",
-    "attention_kwargs",
-    "return_dict",
-)
 
 
 def check(module: ModuleType) -> list[str]:
@@ -51,7 +41,7 @@ def apply(module: ModuleType, patches: Patches) -> None:
 
 
 def _forward(session: Session, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    arguments = dict(zip(PARAMETERS[1:], args, strict=False)) | kwargs
+    arguments = forwards.bind(original, self, *args, **kwargs)
     _, num_text, num_image = self._get_sequence_layout(arguments["indicator"])
     with session.padded(num_text + num_image):
         return original(self, **arguments)

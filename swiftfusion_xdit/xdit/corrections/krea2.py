@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swiftfusion_xdit.xdit import corrections
 from swiftfusion_xdit.xdit.compat import check_names
+from swiftfusion_xdit.xdit.corrections import forwards
 from swiftfusion_xdit.xdit.patches import Patches
 from swiftfusion_xdit.xdit.session import Session
 
@@ -41,9 +42,9 @@ def apply(module: ModuleType, patches: Patches) -> None:
 
 
 def _forward(session: Session, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    arguments = dict(zip(PARAMETERS[1:], args, strict=False)) | kwargs
+    arguments = forwards.bind(original, self, *args, **kwargs)
     num_rows = arguments["encoder_hidden_states"].shape[1] + arguments["hidden_states"].shape[1]
-    mask = arguments.get("encoder_attention_mask")
+    mask = arguments["encoder_attention_mask"]
     if mask is None:
         with session.padded(num_rows):
             return original(self, **arguments)

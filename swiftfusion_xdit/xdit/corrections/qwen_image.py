@@ -71,10 +71,10 @@ def _block_class(module: ModuleType) -> type | None:
 
 
 def _forward(session: Session, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    arguments = dict(zip(PARAMETERS[1:], args, strict=False)) | kwargs
+    arguments = forwards.bind(original, self, *args, **kwargs)
     num_text = arguments["encoder_hidden_states"].shape[1]
     num_image = arguments["hidden_states"].shape[1]
-    mask = arguments.pop("encoder_hidden_states_mask", None)
+    mask = arguments.pop("encoder_hidden_states_mask")
     if mask is None:
         with rows.padded_parts(session, num_text, num_image):
             return original(self, **arguments)
