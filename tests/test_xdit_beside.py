@@ -93,7 +93,12 @@ def compiled(rank: int, world_size: int, name: str, feature: str) -> float:
 
 @pytest.mark.parametrize(
     ("name", "feature"),
-    [("wan", "uneven image"), ("flux", "uneven text"), ("qwen_image", "uneven image")],
+    [
+        ("wan", "uneven image"),
+        ("flux", "uneven text"),
+        ("qwen_image", "uneven image"),
+        ("krea2", "uneven image"),
+    ],
 )
 def test_compiled_models(rank_pool: Callable[[int], RankPool], name: str, feature: str) -> None:
     errors = rank_pool(4).run(compiled, name, feature, timeout_s=240)
