@@ -7,9 +7,10 @@ import torch
 from swiftfusion_xdit import detect
 from swiftfusion_xdit.agreement import Agreement
 from swiftfusion_xdit.mesh import Mesh
-from swiftfusion_xdit.plan import SCHEDULES, AttentionShape
+from swiftfusion_xdit.plan import AttentionShape
 from swiftfusion_xdit.planner import Choice
 from swiftfusion_xdit.planner import plan as plan_layer
+from swiftfusion_xdit.planner.candidates import KNOWN_SCHEDULES, SCHEDULES
 from swiftfusion_xdit.planner.memory import layer_shape
 from swiftfusion_xdit.simulate.transport import nccl, one_sided
 from swiftfusion_xdit.topology import Topology
@@ -34,6 +35,7 @@ class AutoPlanner:
         mesh: Mesh | None,
         schedule: str,
         has_lse: bool,
+        can_fuse: bool,
         two_sided: bool,
     ) -> Choice:
         """Collective: the fastest way for a shape.
@@ -42,6 +44,7 @@ class AutoPlanner:
             mesh: a forced mesh, or None.
             schedule: a forced schedule, or ``auto``.
             has_lse: whether the attention kernel returns a log-sum-exp.
+            can_fuse: whether it can wait for its keys itself.
             two_sided: whether the transport needs its receivers.
 
         Raises:
@@ -51,7 +54,9 @@ class AutoPlanner:
             self.cluster,
             layer_shape(shape),
             mesh,
-            schedules=SCHEDULES[1:] if schedule == "auto" else (schedule,),
+            schedules=(KNOWN_SCHEDULES if can_fuse else SCHEDULES)
+            if schedule == "auto"
+            else (schedule,),
             has_lse=has_lse,
             transport=nccl() if two_sided else one_sided(),
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 STRATEGIES = ("usp", "tas", "torus")
 TRANSPORTS = ("auto", "shm", "cuda", "nvshmem", "nccl")
-SCHEDULES = ("auto", "torus", "folded", "pipelined")
+SCHEDULES = ("auto", "torus", "folded", "pipelined", "fused")
 FALLBACKS = ("error", "usp")
 WIRES = ("exact", "fp8")
 

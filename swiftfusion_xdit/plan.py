@@ -37,8 +37,9 @@ from swiftfusion_xdit.simulate.cost import tile_rows
 from swiftfusion_xdit.topology import Topology
 
 STRATEGIES = ("usp", "tas", "torus")
-SCHEDULES = ("auto", "torus", "folded", "pipelined")
 PIPELINED_GROUPS = 2  # where the device is not known
+FUSED_GROUPS = 4
+FUSED_TILE_ROWS = 128  # keys that a fused call loads at a time
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 ALIGNMENT_BYTES = 256
 
@@ -95,8 +96,10 @@ class Layout:
     """Where the slots of one rank lie.
 
     Per head group that the rank attends: q, k, v with the rows of all received chunks in memory
-    order, so that an operand of several chunks is one view. Then the output rows of the rank
-    itself, all heads, where peers put what they attended. Once for even and once for odd layers.
+    order, so that an operand of several chunks is one view; for fused calls, which take all heads
+    at once, k and v with all heads and with room for own rows up to the end of a tile. Then the
+    output rows of the rank itself, all heads, where peers put what they attended. Once for even and
+    once for odd layers.
     """
 
     def __init__(self, plan: Plan, rank: int) -> None:
@@ -117,11 +120,16 @@ class Layout:
             lengths = [shape.lengths(tensor)[chunk] for chunk in order]
             starts = accumulate(lengths, initial=0)
             self._row_starts[tensor] = dict(zip(order, starts, strict=False))
+        self._whole = ("k", "v", "o") if self.program.fused_calls else ("o",)
         end = 0
         num_elements, self._dtype = shape.slot_row
         for tensor, heads in self._held(rank):
             rows = sum(shape.lengths(tensor)[chunk] for chunk in self._orders[tensor])
-            num_heads = shape.num_heads if tensor == "o" else len(plan.heads(tensor, heads))
+            num_heads = len(plan.heads(tensor, heads))
+            if tensor in self._whole:
+                num_heads = shape.num_heads if tensor == "o" else shape.num_kv_heads
+            if tensor != "o" and self.program.fused_calls:
+                rows += own_rows_in_tile(rows)
             matrix = Matrix(end, (shape.batch, rows, num_heads, num_elements))
             self._matrices[tensor, heads] = matrix
             end += _aligned(math.prod(matrix.shape) * self._dtype.itemsize)
@@ -140,12 +148,17 @@ class Layout:
         """The arrays this rank holds: none for an operand that is always its own chunk."""
         groups = self.plan.schedule.groups_per_rank
         first = self.plan.mesh.head_group(rank) * groups
-        held: list[tuple[TensorName, int]] = []
+        names: tuple[TensorName, ...] = ("q", "k", "v", "o")
+        held = [(tensor, 0) for tensor in names if tensor in self._whole]
         for heads in range(first, first + groups):
-            held += [(tensor, heads) for tensor in ("q", "k", "v") if self._orders[tensor]]
-        if self._orders["o"]:
-            held.append(("o", 0))
-        return held
+            held += [(tensor, heads) for tensor in names if tensor not in self._whole]
+        return [(tensor, heads) for tensor, heads in held if self._orders[tensor]]
+
+    def array(self, tensor: TensorName, parity: int) -> Region:
+        """All rows and heads that fused calls read from slots, with those that fill a tile up."""
+        matrix = self._matrices[tensor, 0]
+        rows, heads = (range(length) for length in matrix.shape[1:3])
+        return matrix.window(rows, heads, self._dtype, parity * self.plan.layer_bytes)
 
     def slot(self, block: Block, parity: int) -> Region:
         """The slot of one block."""
@@ -156,8 +169,8 @@ class Layout:
         start = self._row_starts[tensor][chunks[0]]
         lengths = self.plan.shape.lengths(tensor)
         rows = range(start, start + sum(lengths[chunk] for chunk in chunks))
-        if tensor == "o":
-            matrix, columns = self._matrices["o", 0], self.plan.heads("o", heads)
+        if tensor in self._whole:
+            matrix, columns = self._matrices[tensor, 0], self.plan.heads(tensor, heads)
         else:
             matrix = self._matrices[tensor, heads]
             columns = range(matrix.shape[2])
@@ -281,23 +294,29 @@ def make_plan(
         strategy: ``torus``; or ``usp`` and ``tas``, the classic schedule on USP's own layout and
             on the topology-aware one.
         mesh: forces the mesh; by default the strategy's rule for this topology and head count.
-        schedule: forces ``torus``, ``folded`` or ``pipelined``; ``auto`` takes ``torus``, but
-            ``pipelined`` where the attention kernel has no log-sum-exp, and on GPUs where no axis
-            crosses machines, so that only head groups can hide the exchange.
+        schedule: forces ``torus``, ``folded``, ``pipelined`` or ``fused``; ``auto`` takes
+            ``torus``, but ``pipelined`` where the attention kernel has no log-sum-exp, and on GPUs
+            where no axis crosses machines, so that only head groups can hide the exchange.
         has_lse: whether the local attention kernel returns one.
         whole_sequence: whether the kernel must see all rows, in order, in one call; then the
             schedule is ``pipelined`` and the mesh has no ring.
         num_units: multiprocessors of the device, for the number of head groups; 0 if unknown.
-        groups_per_rank: forces the number of head groups of ``pipelined``; 0 leaves it open.
+        groups_per_rank: forces the number of head groups of ``pipelined`` and ``fused``; 0 leaves
+            it open.
         edge_heads: heads of the first and the last of these groups; 0: as many as the others.
 
     Raises:
-        ValueError: a mesh that does not fit the group or the heads, or a schedule that needs a
-            log-sum-exp that the kernel does not have.
+        ValueError: a mesh that does not fit the group or the heads, a schedule that needs a
+            log-sum-exp that the kernel does not have, or ``fused`` where ``not_fused_because``.
     """
     if whole_sequence:
         mesh = mesh or whole_sequence_mesh(topology)
         schedule = _whole_sequence_schedule(mesh, schedule)
+    if schedule == "fused":
+        mesh = mesh or Mesh(ring=topology.num_ranks)
+        if reason := not_fused_because(shape, mesh, topology):
+            raise ValueError(f"schedule 'fused' cannot serve this layer: {reason}")
+        groups_per_rank = fused_groups(shape, groups_per_rank)
     choose_mesh = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}[strategy]
     mesh = mesh or choose_mesh(topology, shape.num_heads)
     mesh.require(num_ranks=topology.num_ranks, num_heads=shape.num_heads)
@@ -308,7 +327,7 @@ def make_plan(
     else:
         name = schedule
     groups = 1
-    if name in ("pipelined", "whole_sequence"):
+    if name in ("pipelined", "whole_sequence", "fused"):
         groups = groups_per_rank
         if not groups:
             groups, edge_heads = pipelined_groups(shape, mesh, num_units)
@@ -345,6 +364,39 @@ def pipelined_groups(shape: AttentionShape, mesh: Mesh, num_units: int) -> tuple
     if heads_per_rank >= 4 * edge_heads:
         return 3, edge_heads
     return min(PIPELINED_GROUPS, heads_per_rank), 0
+
+
+def own_rows_in_tile(received: int) -> int:
+    """Own rows that fill up the last tile of ``received`` rows of a fused call's keys."""
+    return -received % FUSED_TILE_ROWS
+
+
+def not_fused_because(shape: AttentionShape, mesh: Mesh, topology: Topology) -> str:
+    """Why no fused call can serve a shape on a mesh, or nothing."""
+    if mesh.size < 2 or mesh.num_head_groups > 1:
+        return f"it needs a mesh with torus=1, ulysses=1 and a ring, got {mesh}"
+    if topology.num_machines > 1:
+        return f"it works inside one machine, got {topology.num_machines}"
+    if shape.wire != "exact":
+        return f"it reads rows as they are, got wire {shape.wire!r}"
+    if 0 in shape.query_lengths:
+        return f"every rank must bring queries, got {shape.query_lengths}"
+    total = sum(shape.key_lengths)
+    for rank, own in enumerate(shape.key_lengths):
+        if own <= own_rows_in_tile(total - own) or own == total:
+            return (
+                f"every rank must receive keys and bring enough to fill up a tile of "
+                f"{FUSED_TILE_ROWS}, got {own} of {total} at rank {rank}"
+            )
+    return ""
+
+
+def fused_groups(shape: AttentionShape, wanted: int = 0) -> int:
+    """Head groups of ``fused``, as many as wanted if query heads that share keys stay together."""
+    wanted = min(wanted or FUSED_GROUPS, shape.num_kv_heads)
+    if shape.num_kv_heads == shape.num_heads:
+        return wanted
+    return max(n for n in range(1, wanted + 1) if shape.num_kv_heads % n == 0)
 
 
 def needs_lse(schedule: Schedule) -> bool:

@@ -236,8 +236,7 @@ class LayerRunner:
     def _bind_attend(self, step: Attend, parity: int) -> Action:
         backend, heads = self.backend, step.heads
         queries = self.operand("q", step.queries, heads, parity)
-        keys = self.operand("k", step.keys, heads, parity)
-        values = self.operand("v", step.keys, heads, parity)
+        keys, values = (self._keys(name, step, parity) for name in ("k", "v"))
         rows = self.rows(step.queries)
         if self.program.in_place(step):
             columns = self.columns("o", heads)
@@ -285,6 +284,14 @@ class LayerRunner:
         if kv_heads is None:
             return source
         return lambda layer: source(layer).index_select(2, kv_heads)
+
+    def _keys(self, tensor: TensorName, step: Attend, parity: int) -> Source:
+        """The keys or values of a call; a fused one's, which lie in two places, are joined."""
+        parts = (step.keys[:-1], step.keys[-1:]) if step.fused else (step.keys,)
+        sources = [self.operand(tensor, part, step.heads, parity) for part in parts if part]
+        if len(sources) == 1:
+            return sources[0]
+        return lambda layer: torch.cat([source(layer) for source in sources], dim=1)
 
     def _kv_head_of_each_query_head(self, heads: int) -> Tensor | None:
         """A kernel's query head i uses kv head i // (H / H_kv): None, or the kv heads spelt out."""

@@ -19,7 +19,14 @@ from swiftfusion_xdit.attention import Backend, select_backend
 from swiftfusion_xdit.comm import Communicator, create_communicator
 from swiftfusion_xdit.inputs import LocalSizes, check_inputs, shape_of
 from swiftfusion_xdit.mesh import Mesh, whole_sequence_mesh
-from swiftfusion_xdit.plan import SCHEDULES, STRATEGIES, AttentionShape, Plan, make_plan
+from swiftfusion_xdit.plan import (
+    FUSED_TILE_ROWS,
+    STRATEGIES,
+    AttentionShape,
+    Plan,
+    make_plan,
+    not_fused_because,
+)
 from swiftfusion_xdit.runtime import LayerRunner
 from swiftfusion_xdit.simulate.timeline import Event
 from swiftfusion_xdit.topology import Topology
@@ -54,7 +61,8 @@ class SequenceParallel:
         machines: how many machines the ranks are split over, evenly, in rank order, or the
             ``Topology`` itself; by default ``SWIFTFUSION_SP_MACHINES``, or what the hosts say.
         mesh: ``Mesh``, its text form or a mapping; by default the strategy's rule.
-        schedule: ``auto``, ``torus``, ``folded`` or ``pipelined``; for strategy ``torus`` only.
+        schedule: ``auto``, ``torus``, ``folded``, ``pipelined`` or ``fused``; for strategy
+            ``torus`` only. Layers that ``fused`` cannot serve run in ``pipelined``.
         transport: ``auto`` or the name of a transport, see ``comm.create_communicator``.
         backend: ``auto``, the name of a local attention kernel, see ``attention``, or a kernel.
         wire: how rows travel between ranks: ``exact``, or ``fp8``, as 8-bit floats with a scale
@@ -90,7 +98,7 @@ class SequenceParallel:
             group = dist.group.WORLD
             assert group is not None
         _require("strategy", strategy, STRATEGIES)
-        _require("schedule", schedule, SCHEDULES)
+        _require("schedule", schedule, envs.SCHEDULES)
         _require("wire", wire, envs.WIRES)
         if schedule != "auto" and strategy != "torus":
             raise ValueError(
@@ -266,7 +274,17 @@ class SequenceParallel:
         whole_sequence = self.backend.whole_sequence
         if whole_sequence:
             mesh = mesh or whole_sequence_mesh(self.topology)
-            schedule = "pipelined" if schedule == "auto" else schedule
+            schedule = "pipelined" if schedule in ("auto", "fused") else schedule
+        can_fuse = False
+        if schedule in ("auto", "fused"):
+            refusal = self._not_fused_because(shape, mesh)
+            can_fuse = not refusal
+            if refusal and schedule == "fused":
+                schedule = "pipelined"
+                if self._comm.rank == 0:
+                    logger.info("schedule fused: %s; it is pipelined", refusal)
+        if schedule == "fused":
+            mesh = mesh or Mesh(ring=self._comm.size)
         is_open = (
             self.strategy == "torus"
             and (mesh is None or schedule == "auto")
@@ -282,6 +300,7 @@ class SequenceParallel:
                 mesh=mesh,
                 schedule=schedule,
                 has_lse=self.backend.has_lse,
+                can_fuse=can_fuse,
                 two_sided=not self._comm.addressable,
             )
             mesh, schedule, groups = choice.mesh, choice.schedule, choice.groups_per_rank
@@ -299,6 +318,22 @@ class SequenceParallel:
             num_units=self._num_units(),
             groups_per_rank=groups,
             edge_heads=edge,
+        )
+
+    def _not_fused_because(self, shape: AttentionShape, mesh: Mesh | None) -> str:
+        """Why no fused call serves these layers, or nothing; the same on all ranks."""
+        mesh = mesh or Mesh(ring=self._comm.size)
+        if reason := not_fused_because(shape, mesh, self.topology):
+            return reason
+        if self.device.type == "cpu":
+            return ""  # ranks on CPUs wait first and attend then
+        if not self._comm.addressable:
+            return "peers cannot write to this rank's memory"
+        return self.backend.not_fused_because(
+            dtype=shape.dtype,
+            head_dim=shape.head_dim,
+            shared_by=shape.num_heads // shape.num_kv_heads,
+            tile_rows=FUSED_TILE_ROWS,
         )
 
     def _make_runner(self, plan: Plan) -> LayerRunner:

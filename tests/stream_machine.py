@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from swiftfusion_xdit.attention.cpu import CpuBackend
+from swiftfusion_xdit.attention.fused import CHUNK_BITS, RemoteKeys
 from swiftfusion_xdit.attention.merge import merge
 from swiftfusion_xdit.native import Op
 from swiftfusion_xdit.native.ops import OpKind
 from swiftfusion_xdit.native.structs import MergeArgs
 
 Ready = Callable[[], bool]
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -186,3 +188,52 @@ class StreamedBackend(CpuBackend):
             self.machine.enqueue(stream, "attend", run, lambda: True)
 
         return launch
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, remote: RemoteKeys
+    ) -> None:
+        """Begins at once, reads each head of a chunk as soon as its flag is set, then ends."""
+        stream, heads = self.machine.current.cuda_stream, k.shape[2]
+        keys, values = (x.new_full((len(x), remote.num_keys, *x.shape[2:]), NAN) for x in (k, v))
+        rows = remote.num_rows
+        like = k.new_empty((len(k), rows, *k.shape[2:]))
+        tile_rows = rows // len(remote.begins)
+        received = [
+            tensor_at(address, like.shape, like.stride()).unflatten(1, (-1, tile_rows))
+            for address in (remote.k, remote.v)
+        ]
+
+        def read(tiles: slice, head: slice) -> None:
+            for whole, each in zip((keys, values), received, strict=True):
+                part = whole[:, :rows].view(each.shape)[:, tiles, :, head]
+                part.copy_(each[:, tiles, :, head])
+
+        def begin() -> None:
+            keys[:, rows:], values[:, rows:] = k, v
+
+        self.machine.enqueue(stream, "fused begins", begin, lambda: True)
+        stop = len(remote.begins)
+        waits = [(tile, entry) for tile, entry in enumerate(remote.begins.tolist()) if entry]
+        for tile, entry in reversed(waits):
+            first, count = entry % (1 << CHUNK_BITS), entry >> CHUNK_BITS
+            start = max([at for at, _ in waits if at < tile], default=-1) + 1
+            for head in range(heads):
+                flags = remote.flags[first : first + count, head, 0].tolist()
+
+                def ready(flags: list[int] = flags) -> bool:
+                    return all(word(flag).value for flag in flags)
+
+                def run(tiles: slice = slice(start, stop), head: int = head) -> None:
+                    read(tiles, slice(head, head + 1))
+
+                self.machine.enqueue(stream, "fused waits", run, ready)
+            stop = start
+        if stop:
+            self.machine.enqueue(
+                stream, "fused", lambda: read(slice(0, stop), slice(None)), lambda: True
+            )
+
+        def end() -> None:
+            out.copy_(self.forward(q, keys, values, scale)[0])
+
+        self.machine.enqueue(stream, "fused ends", end, lambda: True)

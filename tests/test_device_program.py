@@ -13,10 +13,11 @@ from torch import Tensor
 from swiftfusion_xdit.attention.reference import reference_attention, relative_error
 from swiftfusion_xdit.comm.stream import StreamBuffer, memory_bytes
 from swiftfusion_xdit.device_runtime import DeviceRunner, calls, scratch
+from swiftfusion_xdit.device_runtime.fused import FusedCall
 from swiftfusion_xdit.device_runtime.program import STREAMS
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.native.ops import OpKind
-from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Plan
+from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Plan, make_plan
 from swiftfusion_xdit.runtime import Layer
 from swiftfusion_xdit.schedule import build
 from swiftfusion_xdit.topology import Topology
@@ -69,8 +70,11 @@ class Ranks:
         runner._streams = SimpleNamespace(enter=enter)
         address = self.notes.data_ptr()
         runner.notes = SimpleNamespace(
-            begin_notes=lambda: [(address, 1), (address + 4, 1)], end_notes=lambda: [(address, 0)]
+            begin_notes=lambda: [(address, 1), (address + 4, 1)],
+            end_notes=lambda: [(address, 0)],
+            stream_lane_address=lambda stream: address + 4,
         )
+        runner.timeout_s = 1.0
         runner._comm = SimpleNamespace(
             layer_context="",
             topology=Topology.split(plan.mesh.size, 1),
@@ -177,6 +181,41 @@ def test_head_groups(groups: int, edge_heads: int, mesh: Mesh, machine: Machine)
 def test_whole_sequences(mesh: Mesh, machine: Machine) -> None:
     for seed in range(3):
         check_layers(plan_of("whole_sequence", mesh, 2), machine, seed)
+
+
+FUSED = {  # rows of keys by rank; tiles have 128
+    "whole tiles": (128, 256),
+    "own rows fill a tile up": (300, 170),
+    "three ranks": (131, 290, 259),
+    "two chunks begin in a tile": (300, 60, 291),
+}
+
+
+def fused_plan(keys: tuple[int, ...], groups: int) -> Plan:
+    mesh = Mesh(ring=len(keys))
+    queries = uneven(5 * mesh.size + 1, mesh.size)
+    shape = AttentionShape(BATCH, queries, keys, HEADS, KV_HEADS, DIM, torch.float32)
+    return make_plan(shape, Topology.split(mesh.size, 1), schedule="fused", groups_per_rank=groups)
+
+
+@pytest.mark.parametrize("keys", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_calls_that_wait_themselves(keys: tuple[int, ...], groups: int, machine: Machine) -> None:
+    for seed in range(3):
+        check_layers(fused_plan(keys, groups), machine, seed)
+
+
+def test_fused_layers_as_replayed_graphs_follow_one_another(machine: Machine) -> None:
+    for seed, parities in enumerate([(0, 0, 0, 0), (1, 1, 0, 0, 1), (0, 1, 1, 1, 0, 0)] * 2):
+        check_layers(fused_plan((300, 170), 3), machine, seed, parities)
+
+
+def test_fused_calls_do_wait(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told of no flags, they read what is not there yet, in some order of the streams."""
+    monkeypatch.setattr(FusedCall, "_begins", lambda self, runner: [0] * (170 // 128 + 1))
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            check_layers(fused_plan((170, 170), 2), machine, seed)
 
 
 @pytest.mark.parametrize("parities", [(0, 0, 0, 0), (1, 1, 0, 0, 1), (0, 1, 1, 1, 0, 0)], ids=str)

@@ -18,7 +18,7 @@ def schedules_on(mesh: Mesh) -> list[tuple[str, int]]:
     if mesh.ring == 1:
         chosen.append(("ulysses", 1))
     if mesh.num_head_groups == 1:
-        chosen.append(("ring", 1))
+        chosen += [("ring", 1), ("fused", 1), ("fused", 3)]
     assert {name for name, _ in chosen} <= set(BUILDERS)
     return chosen
 
@@ -53,7 +53,8 @@ def test_three_head_groups() -> None:
         ("spiral", Mesh(), 1, "schedule must be one of .*'torus'.* got 'spiral'"),
         ("ulysses", Mesh(1, 2, 2), 1, "ulysses needs a mesh with ring=1"),
         ("ring", Mesh(2, 1, 2), 1, "ring needs a mesh with torus=1 and ulysses=1"),
-        ("torus", Mesh(2), 2, "groups_per_rank must be 1, or more with schedule 'pipelined'"),
+        ("fused", Mesh(2, 1, 2), 1, "'fused' needs a mesh with torus=1 and ulysses=1"),
+        ("torus", Mesh(2), 2, "groups_per_rank must be 1, or more with schedules 'pipelined' and"),
         ("pipelined", Mesh(2), 0, "groups_per_rank must be 1, or more"),
     ],
 )

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .fused import RemoteKeys
+
 
 class Backend(ABC):
     """A local attention kernel behind one signature, for one device. Backends hold no tensors."""
@@ -61,6 +63,23 @@ class Backend(ABC):
         May launch the kernel on the tensors.
         """
         return None
+
+    def not_fused_because(
+        self, *, dtype: torch.dtype, head_dim: int, shared_by: int, tile_rows: int
+    ) -> str:
+        """Why `fused` does not serve such inputs, or nothing.
+
+        Args:
+            shared_by: query heads of each kv head.
+            tile_rows: keys that it would have to load at a time.
+        """
+        return f"backend {self.name!r} has no kernel that waits for peers"
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, remote: RemoteKeys
+    ) -> None:
+        """`forward` into `out` with the given keys and, as they arrive, those of other ranks."""
+        raise NotImplementedError(f"backend {self.name!r} has no kernel that waits for peers")
 
 
 def deliver(result: Tensor, out: Tensor | None) -> Tensor:

@@ -17,8 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .fa4_fused import FusedLaunches, not_fused_because
 from .fa4_launch import Launches
-from .gpu import GpuBackend, broken_package, is_readable, load_module
+from .fused import RemoteKeys
+from .gpu import GpuBackend, broken_package, is_readable, load_module, readable
 
 _MODULE = "flash_attn.cute.interface"
 _PACKAGE = "flash-attn-4"
@@ -53,6 +55,7 @@ class Fa4Backend(GpuBackend):
             wanted = f"_flash_attn_fwd({', '.join(sorted(_PARAMETERS))})"
             raise broken_package(f"{_MODULE} has no {wanted}", **package)
         self._launches = Launches(self._kernel)
+        self._fused_launches = FusedLaunches()
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None
@@ -65,3 +68,17 @@ class Fa4Backend(GpuBackend):
         if not all(x.numel() and is_readable(x) for x in (q, k, v, out)):
             return None
         return self._launches.find(q, k, v, scale, out, lse)
+
+    def not_fused_because(
+        self, *, dtype: torch.dtype, head_dim: int, shared_by: int, tile_rows: int
+    ) -> str:
+        if self.capability[0] != _HOPPER:
+            return f"the kernel that waits for peers runs on Hopper, not on {self.capability}"
+        if dtype not in self.dtypes:
+            return f"backend {self.name!r} does not attend in {dtype}"
+        return not_fused_because(head_dim, tile_rows)
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, remote: RemoteKeys
+    ) -> None:
+        self._fused_launches.run(readable(q), readable(k), readable(v), scale, out, remote)

@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from swiftfusion_xdit.cli import bench_report as reports
-from swiftfusion_xdit.cli.bench_config import SCHEDULES, SHAPES, BenchConfig, parse_shapes
+from swiftfusion_xdit.cli.bench_config import SHAPES, BenchConfig, parse_shapes
+from swiftfusion_xdit.envs import SCHEDULES
 
 CPU_SHAPE = "1,1024,8,64"
 CPU_RANKS = 2

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from swiftfusion_xdit.envs import TRANSPORTS
+from swiftfusion_xdit.envs import SCHEDULES, TRANSPORTS
 from swiftfusion_xdit.mesh import Mesh
 
 STRATEGIES = ("usp", "tas", "torus")
-SCHEDULES = ("auto", "torus", "folded", "pipelined")
 # Largest relative error against attention in fp64 that is rounding and no mistake.
 MAX_ERROR = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 # A local kernel here and the backend of xDiT that runs the same one.

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from swiftfusion_xdit.cli import simulate_report as reports
 from swiftfusion_xdit.clusters import PRESETS, load, preset, resize
+from swiftfusion_xdit.envs import SCHEDULES
 from swiftfusion_xdit.mesh import Mesh, paper_mesh, torus_mesh, usp_mesh
 from swiftfusion_xdit.simulate.hardware import Cluster
 from swiftfusion_xdit.simulate.layer import LayerTime
@@ -25,7 +26,6 @@ from swiftfusion_xdit.simulate.step import Strategy, simulate_step
 from swiftfusion_xdit.simulate.transport import nccl, one_sided, stock
 
 STRATEGIES = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}
-SCHEDULES = ("auto", "torus", "folded", "pipelined")
 TRANSPORTS = {"one-sided": one_sided, "nccl": nccl}
 MOST_DRAWN_RANKS = 8
 
@@ -143,8 +143,8 @@ def _best(
 ) -> Candidate:
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
-    if args.groups is not None and args.schedule != "pipelined":
-        raise ValueError(f"--groups needs --schedule pipelined, got {args.schedule!r}")
+    if args.groups is not None and args.schedule not in ("pipelined", "fused"):
+        raise ValueError(f"--groups needs --schedule pipelined or fused, got {args.schedule!r}")
     mesh.require(num_ranks=cluster.num_ranks, num_heads=model.num_heads)
     if name == "torus":
         transport = TRANSPORTS[args.transport]()

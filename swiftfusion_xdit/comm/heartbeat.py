@@ -11,7 +11,7 @@ on every replay. Nothing here synchronises with the device.
 
 A lane belongs to one stream that waits in calls of the communicator. A compiled program notes none
 of its waits, which would cost it two operations each: of those, every flag that is not set may be
-the one.
+the one. A kernel that waits itself notes a flag for which it has waited too long.
 """
 
 from __future__ import annotations

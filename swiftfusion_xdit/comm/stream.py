@@ -167,6 +167,7 @@ class StreamCommunicator(Communicator):
             rank=dist.get_rank(group), size=dist.get_world_size(group), topology=topology
         )
         self.device = device
+        self.timeout_s = timeout_s
         self._group = group
         self._driver = driver.load()
         self._links = [topology.link(self.rank, peer) for peer in range(self.size)]

@@ -70,6 +70,7 @@ class DeviceRunner(LayerRunner):
         self._comm: StreamCommunicator = comm
         self._compiled: dict[tuple[int, Strides], Compiled] = {}
         self.notes = comm.heartbeat
+        self.timeout_s = comm.timeout_s
         super().__init__(plan, comm, backend)
         comm.name_flags(self.buffer, self._own_flags())
 

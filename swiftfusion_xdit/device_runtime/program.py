@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from swiftfusion_xdit.comm.stream import StreamBuffer
 from swiftfusion_xdit.device_runtime.calls import AttendCall, MergeCall, Output
+from swiftfusion_xdit.device_runtime.fused import FusedCall
 from swiftfusion_xdit.native import ABSOLUTE, Op, Place, Program
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule.hazards import dependencies
@@ -33,7 +34,7 @@ INPUTS = ("q", "k", "v")
 ASIDE = 1  # compute2: a stream that waits for peers before it does anything else
 OUT = 3  # bases: q, k, v, the result, then finished outputs
 Strides = tuple[tuple[int, ...], ...]
-Call = AttendCall | MergeCall
+Call = AttendCall | MergeCall | FusedCall
 _Flagged = TypeVar("_Flagged", Put, Release)
 
 
@@ -95,7 +96,10 @@ class Compiler:
         if isinstance(first, Put):
             self._put([step for step in steps if isinstance(step, Put)])
         elif isinstance(first, Attend):
-            self._attend(first)
+            if not first.fused:
+                self._attend(first)
+            elif first == self.program.fused_calls[0]:
+                self._fused(first)
         elif isinstance(first, Merge):
             self._merge(first)
         else:
@@ -122,6 +126,24 @@ class Compiler:
         stream, lengths = STREAMS.index(step.stream), self.plan.shape.query_lengths
         call = AttendCall(self.runner, step, self.parity, stream)
         self._call(call, sum(lengths[chunk] for chunk in step.queries))
+
+    def _fused(self, step: Attend) -> None:
+        """All fused calls in one launch, once own rows fill up the tile that holds two ranks'.
+
+        Every put of the layer has been enqueued by now: the kernel keeps the GPU to itself until
+        its peers have sent theirs, and these wait for nothing of it.
+        """
+        stream, rank = STREAMS.index(step.stream), self.runner.rank
+        call = FusedCall(self.runner, self.parity, stream)
+        for tensor in ("k", "v"):
+            array = self._at(rank, self.plan.layouts[rank].array(tensor, self.parity))
+            batch, rows, heads, dim = array.shape
+            shape = (batch, call.own_rows, heads, dim)
+            skipped = (rows - call.own_rows) * array.strides[1] * self.plan.shape.dtype.itemsize
+            place = Place(ABSOLUTE, array.at.offset + skipped)
+            source = _Array(Place(INPUTS.index(tensor), 0), shape, self.strides[tensor])
+            self._local_copy(stream, source, _Array(place, shape, array.strides))
+        self._call(call, 0)
 
     def _merge(self, step: Merge) -> None:
         """Partials are merged by a kernel; a single one needs none, and goes home by a copy."""
@@ -214,7 +236,8 @@ class Compiler:
             own = plan.layouts[rank].slot(step.block, parity)
             self._local_copy(stream, self._input(step.block), self._at(rank, own))
         elif isinstance(step, Wait):
-            self._wait(stream, step)
+            if step.block not in self.program.awaited_in_kernels:
+                self._wait(stream, step)
         elif isinstance(step, Release):
             # Its stream is by now behind the readers of every block of the message.
             block = plan.message_block(rank, step.block)

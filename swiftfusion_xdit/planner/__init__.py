@@ -15,6 +15,7 @@ from itertools import zip_longest
 from swiftfusion_xdit.mesh import Mesh, paper_mesh
 from swiftfusion_xdit.planner.bounds import even_shape, lower_bound_us, num_messages
 from swiftfusion_xdit.planner.candidates import (
+    KNOWN_SCHEDULES,
     SCHEDULES,
     STRATEGIES,
     Candidate,
@@ -68,7 +69,7 @@ def plan(
         policy: ``fastest``, or ``paper``: SwiftFusion's rule ``P_u = gcd(N * M, H)``, Ulysses
             across machines and Ring inside, with Torus Attention.
         strategies: of ``usp`` and ``tas``, which run over xDiT's collectives, and ``torus``.
-        schedules: those that ``torus`` may take.
+        schedules: those that ``torus`` may take; ``fused`` only if it is named.
         has_lse: whether the attention kernel gives a log-sum-exp; if not, only ``pipelined`` fits.
         transport: of ``torus``.
         memory_limit_bytes: of symmetric memory on a GPU; by default a quarter of what it has.
@@ -82,7 +83,7 @@ def plan(
     names = tuple(dict.fromkeys(strategies)), tuple(dict.fromkeys(schedules))
     _require_known("policy", (policy,), POLICIES)
     _require_known("strategies", names[0], STRATEGIES)
-    _require_known("schedules", names[1], SCHEDULES)
+    _require_known("schedules", names[1], KNOWN_SCHEDULES)
     limit = int(MEMORY_SHARE * cluster.gpu.memory_gib * 2**30)
     if memory_limit_bytes is not None:
         limit = memory_limit_bytes

@@ -66,6 +66,8 @@ def lower_bound_us(
         return max(everything_us, received_us + ideal_us * remote + sent_us)
     if candidate.schedule == "usp":  # keys come in while others are attended
         return max(everything_us, exchange_us("q") + attention_us + sent_us)
+    if candidate.schedule == "fused":  # keys come in while others are attended; no output moves
+        return everything_us
     # Nothing hides the first group's way in; the own queries hide the last one's way home.
     heads = shape.num_heads // mesh.num_head_groups
     parts = _group_sizes(candidate, heads)
@@ -129,7 +131,8 @@ def _attention_us(
     heads = shape.num_heads // mesh.num_head_groups
     total_us = 0.0
     for query_chunks, key_chunks, times in _calls(candidate.schedule, mesh):
-        for part in _group_sizes(candidate, heads):
+        parts = [heads] if candidate.schedule == "fused" else _group_sizes(candidate, heads)
+        for part in parts:
             tiles = {
                 "query_rows": query_chunks * shape.query_lengths[0],
                 "num_heads": part,
@@ -152,7 +155,7 @@ def _calls(schedule: str, mesh: Mesh) -> list[tuple[int, int, int]]:
     remote = mesh.torus - 1
     if schedule == "usp":
         return [(groups, groups, mesh.ring)]
-    if schedule == "pipelined":
+    if schedule in ("pipelined", "fused"):
         return [(groups, mesh.size, 1)]
     stationary = [(entering, entering, mesh.ring), (entering, remote * machine, 1)]
     if schedule == "folded":

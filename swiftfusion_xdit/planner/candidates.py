@@ -13,7 +13,9 @@ from swiftfusion_xdit.topology import Topology
 
 STRATEGIES = ("usp", "tas", "torus")
 SCHEDULES = ("torus", "folded", "pipelined")
+KNOWN_SCHEDULES = (*SCHEDULES, "fused")  # which not every attention kernel can do
 PIPELINED_GROUPS = (1, 2, 3, 4, 6)
+FUSED_GROUPS = (1, 2, 4, 6, 8)
 EDGED_GROUPS = (3, 4)  # with few heads in the first and the last
 EDGE_HEADS = (1, 2, 3)
 
@@ -143,6 +145,9 @@ def schedules_on(
     for name in schedules:
         if name == "folded" and mesh.torus == 1:
             continue  # the same steps as `torus`
+        if name == "fused":
+            yield from _fused(mesh, shape)
+            continue
         if name != "pipelined":
             yield Candidate(strategy, mesh, name)
             continue
@@ -153,6 +158,15 @@ def schedules_on(
         for groups, edge in itertools.product(EDGED_GROUPS, EDGE_HEADS):
             if edge * groups <= heads:
                 yield Candidate(strategy, mesh, name, groups, edge)
+
+
+def _fused(mesh: Mesh, shape: LayerShape) -> Iterator[Candidate]:
+    if mesh.num_head_groups > 1 or mesh.size == 1:
+        return
+    for groups in FUSED_GROUPS:
+        alone = shape.num_kv_heads == shape.num_heads
+        if groups <= shape.num_kv_heads and (alone or shape.num_kv_heads % groups == 0):
+            yield Candidate("torus", mesh, "fused", groups)
 
 
 def fits(cluster: Cluster, shape: LayerShape) -> None:

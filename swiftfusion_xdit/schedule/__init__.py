@@ -9,6 +9,7 @@ from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.check import ScheduleError, check
 from swiftfusion_xdit.schedule.classic import ring, ulysses, usp
 from swiftfusion_xdit.schedule.folded import folded
+from swiftfusion_xdit.schedule.fused import fused
 from swiftfusion_xdit.schedule.pipelined import pipelined, whole_sequence
 from swiftfusion_xdit.schedule.steps import Program, Schedule
 from swiftfusion_xdit.schedule.torus import torus
@@ -22,9 +23,10 @@ BUILDERS: dict[str, Callable[..., Program]] = {
     "torus": torus,
     "folded": folded,
     "pipelined": pipelined,
+    "fused": fused,
     "whole_sequence": whole_sequence,
 }
-GROUPED = (pipelined, whole_sequence)  # work through several head groups in turn
+GROUPED = (pipelined, fused, whole_sequence)  # work through several head groups in turn
 
 
 @lru_cache(maxsize=64)
@@ -42,8 +44,8 @@ def build_program(name: str, mesh: Mesh, rank: int, *, groups_per_rank: int = 1)
 
     Args:
         name: a key of ``BUILDERS``.
-        groups_per_rank: head groups that each rank works through in turn; only ``pipelined``
-            takes more than one.
+        groups_per_rank: head groups that each rank works through in turn; only ``pipelined`` and
+            ``fused`` take more than one.
 
     Raises:
         ValueError: an unknown name, a mesh the builder does not serve, or a number of groups
@@ -54,7 +56,7 @@ def build_program(name: str, mesh: Mesh, rank: int, *, groups_per_rank: int = 1)
         raise ValueError(f"schedule must be one of {sorted(BUILDERS)}, got {name!r}")
     if groups_per_rank < 1 or (groups_per_rank > 1 and builder not in GROUPED):
         raise ValueError(
-            "groups_per_rank must be 1, or more with schedule 'pipelined', "
+            "groups_per_rank must be 1, or more with schedules 'pipelined' and 'fused', "
             f"got {groups_per_rank} with {name!r}"
         )
     options = {"groups_per_rank": groups_per_rank} if builder in GROUPED else {}

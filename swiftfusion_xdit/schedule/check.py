@@ -7,6 +7,8 @@ What is proved, for every mesh and any sizes (a schedule names no sizes):
 - *data*: every read of a slot comes after the Wait for the put it needs and before the Release;
   every slot has one writer; nothing is put before it exists;
 - *layout*: every operand of an Attend is contiguous in the rank's memory orders;
+- *fused calls*: one takes its own chunk's keys from the input, and nothing else reads what it waits
+  for inside its kernel;
 - *progress*: no cyclic wait, over consecutive layers.
 
 Each flag has one setter and one waiter, and waiting is all that a rank can do about it. Such a
@@ -108,11 +110,14 @@ class _ProgramCheck:
             Merge: self._merge,
             Collect: self._collect,
         }
+        fused_calls = self.program.fused_calls
         for index, step in enumerate(self.program.steps):
             for block in self.program.reads(step):
                 if block not in self.readable:
                     why = "after its release" if block in self.released else "without a wait"
                     raise self._fail(index, f"reads {block} {why}")
+                if block in self.program.awaited_in_kernels and step not in fused_calls:
+                    raise self._fail(index, f"reads {block}, which only a fused call waits for")
             if isinstance(step, Attend):
                 self._attend(index, step, attended)
             else:
@@ -161,6 +166,8 @@ class _ProgramCheck:
     def _attend(self, index: int, step: Attend, attended: dict[tuple[int, int], int]) -> None:
         if step.heads not in self.own_heads:
             raise self._fail(index, f"attends heads of another rank, own are {self.own_heads}")
+        if step.fused and (step.keys[-1:], step.queries) != ((self.program.rank,),) * 2:
+            raise self._fail(index, "a fused call must end with its own keys, for its own queries")
         self._check_contiguous(index, step.queries, self.query_at)
         keys = self._check_contiguous(index, step.keys, self.key_at)
         mask = sum(1 << chunk for chunk in keys)

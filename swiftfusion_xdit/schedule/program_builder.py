@@ -100,9 +100,10 @@ class ProgramBuilder:
         *,
         stream: Stream = "compute",
         group: int = 0,
+        fused: bool = False,
     ) -> None:
         heads = self.heads(self.rank, group)
-        self._steps.append(Attend(self._stage, stream, tuple(queries), tuple(keys), heads))
+        self._steps.append(Attend(self._stage, stream, tuple(queries), tuple(keys), heads, fused))
 
     def merge_and_push(
         self,

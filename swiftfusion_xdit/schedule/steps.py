@@ -111,11 +111,16 @@ class Attend(Step):
 
     An operand that is this rank's own chunk alone is read from the layer's input; any other is
     read from the slots, where the program's orders make it contiguous.
+
+    A ``fused`` one takes its keys from the last to the first. The last are the rank's own, which it
+    reads from the input; before those of each other chunk its kernel waits itself: the Waits in
+    front of it say for what. Of one program the fused calls may be one launch.
     """
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     heads: int
+    fused: bool = False
     verb: ClassVar[str] = "attend"
 
     def operands(self) -> str:
@@ -171,6 +176,16 @@ class Program:
             for chunk in step.queries
         )
 
+    @cached_property
+    def fused_calls(self) -> tuple[Attend, ...]:
+        """The attention calls that wait for their keys themselves."""
+        return tuple(step for step in self.steps if isinstance(step, Attend) and step.fused)
+
+    @cached_property
+    def awaited_in_kernels(self) -> frozenset[Block]:
+        """The blocks whose arrival only a fused call waits for."""
+        return frozenset(block for step in self.fused_calls for block in self.reads(step))
+
     def in_place(self, step: Attend) -> bool:
         """Whether ``step`` gives a part of the rank's result: its own rows, once and alone."""
         return step.queries == (self.rank,) and self.num_partials[self.rank, step.heads] == 1
@@ -184,6 +199,8 @@ class Program:
             return (step.block,) if relayed else ()
         if isinstance(step, Attend):
             queries, keys = self.from_slots(step.queries), self.from_slots(step.keys)
+            if step.fused:
+                keys = step.keys[:-1]
             return (
                 *(Block("q", chunk, step.heads) for chunk in queries),
                 *(Block("k", chunk, step.heads) for chunk in keys),

@@ -41,6 +41,9 @@ def schedules_on(mesh: Mesh, num_heads: int, transport: Transport) -> Iterator[S
     """Every schedule of ours on one mesh."""
     for schedule in ("torus", "folded"):
         yield Strategy(schedule, mesh, transport, transport)
+    if mesh.num_head_groups == 1 < mesh.size and not transport.two_sided:
+        for groups in range(1, min(MOST_GROUPS, num_heads) + 1):
+            yield Strategy("fused", mesh, transport, transport, groups)
     for groups in range(1, min(MOST_GROUPS, num_heads // mesh.num_head_groups) + 1):
         yield Strategy("pipelined", mesh, transport, transport, groups)
 

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-SCHEDULES = ("torus", "folded", "pipelined")
+SCHEDULES = ("torus", "folded", "pipelined", "fused")
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,11 +75,12 @@ def test_exact(backend: str) -> None:
         assert all(error <= 1e-2 for _, error in errors), errors
 
 
-def replay(rank: int, num_ranks: int, schedule: str, backend: str) -> str:
+def replay(rank: int, num_ranks: int, schedule: str, backend: str, turns: int = 300) -> str:
     """Two layers captured, replayed with fresh inputs between eager layers."""
     lengths = [uneven(1001, num_ranks)] * 2
+    mesh = Mesh(ring=num_ranks) if schedule == "fused" else Mesh(torus=num_ranks)
     with SequenceParallel(
-        mesh=Mesh(torus=num_ranks), schedule=schedule, backend=backend, device="cuda"
+        mesh=mesh, schedule=schedule, backend=backend, device="cuda"
     ) as sp:
         cases = [inputs(rank, seed, lengths, (6, 6))[0] for seed in range(4)]
         expected = [sp.attention(*case).clone() for case in cases]
@@ -92,7 +93,7 @@ def replay(rank: int, num_ranks: int, schedule: str, backend: str) -> str:
         with torch.cuda.graph(graph):
             out_a = sp.attention(*a)
             out_b = sp.attention(*b)
-        for turn in range(300):
+        for turn in range(turns):
             first, second = turn % 4, (turn * 3 + 1) % 4
             for source, target in ((first, a), (second, b)):
                 for x, y in zip(cases[source], target, strict=True):
@@ -109,6 +110,11 @@ def replay(rank: int, num_ranks: int, schedule: str, backend: str) -> str:
 @pytest.mark.parametrize("backend", ["sdpa_flash", "fa4"])
 def test_graph_replays_give_the_same_bits(schedule: str, backend: str) -> None:
     assert run_on_gpus(2, replay, schedule, need(backend)) == ["same bits"] * 2
+
+
+@pytest.mark.slow
+def test_ten_thousand_replays_of_a_kernel_that_waits_itself() -> None:
+    assert run_on_gpus(2, replay, "fused", need("fa4"), 10_000) == ["same bits"] * 2
 
 
 def planned(rank: int, num_ranks: int) -> tuple[float, str]:

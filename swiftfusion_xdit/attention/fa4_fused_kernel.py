@@ -1,0 +1,360 @@
+"""FlashAttention 4's forward kernel for Hopper, extended to read keys that peers are still sending.
+
+The kernel walks the keys of a query tile from the last block to the first. Blocks from
+``num_remote_blocks`` on are this rank's own and lie in the layer's inputs; the blocks before them
+lie in a second pair of arrays, into which peers put their rows, farthest peer first. Before its
+first load from the rows of a peer the producer warp spins on that peer's flag for the head at hand,
+then fences, because the loads go through another path of the memory (TMA) than the flag.
+
+It overrides what loads keys and values, and nothing else: tiles, masks, softmax and stores are the
+package's. Everything that a layer decides is a run-time argument, in ``AuxData.scalars``.
+"""
+
+import inspect
+from typing import Any
+
+import cutlass
+import torch
+from cutlass import Int32, Int64, const_expr, cute
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cutlass_dsl import T, dsl_user_op
+from flash_attn.cute.cute_dsl_utils import to_cute_tensor
+from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+from flash_attn.cute.interface import _tile_size_fwd_sm90
+from flash_attn.cute.utils import AuxData
+from quack import copy_utils
+from torch import Tensor
+
+from .fused import CHUNK_BITS, RemoteKeys
+
+# What the kernel is told of `RemoteKeys` at run time, in this order; tensors by their addresses.
+SCALARS = {
+    "k": Int64,
+    "v": Int64,
+    "num_remote_blocks": Int32,
+    "num_keys": Int32,
+    "begins": Int64,
+    "flags": Int64,
+    "note": Int64,
+    "deadline_ns": Int64,
+}
+
+_KERNEL_PARAMETERS = (
+    "self mQ mK mV mO mLSE mCuSeqlensQ mCuSeqlensK mSeqUsedQ mSeqUsedK mPageTable tma_atom_Q "
+    "tma_atom_K tma_atom_V tma_atom_O softmax_scale_log2 softmax_scale window_size_left "
+    "window_size_right learnable_sink blocksparse_tensors sQ_layout sK_layout sV_layout sO_layout "
+    "sP_layout gmem_tiled_copy_Q gmem_tiled_copy_K gmem_tiled_copy_V gmem_tiled_copy_O "
+    "tiled_mma_qk tiled_mma_pv tile_sched_params TileScheduler SharedStorage aux_data fastdiv_mods"
+)
+_LOAD_PARAMETERS = (
+    "self mQ mK mV sQ sK sV tma_atom_Q tma_atom_K tma_atom_V pipeline_k pipeline_v pipeline_q "
+    "gmem_tiled_copy_Q mPageTable blocksparse_tensors block_info SeqlenInfoCls TileSchedulerCls"
+)
+_LOAD_KV_PARAMETERS = (
+    "self tma_load_fn paged_kv_manager sX block pipeline_kv producer_state K_or_V page_idx"
+)
+_UNUSED = (None,) * 9  # variable lengths, pages, windows, sinks, sparsity
+_body = cute.jit(FlashAttentionForwardSm90.kernel.__wrapped__)
+
+
+def unknown_signature() -> str:
+    """What of the package is not as this module knows it, or nothing."""
+    for name, wanted in (
+        ("kernel", _KERNEL_PARAMETERS),
+        ("load", _LOAD_PARAMETERS),
+        ("load_KV", _LOAD_KV_PARAMETERS),
+    ):
+        found = " ".join(inspect.signature(getattr(FlashAttentionForwardSm90, name)).parameters)
+        if found != wanted:
+            return f"FlashAttentionForwardSm90.{name} takes {found}"
+    return ""
+
+
+@dsl_user_op
+def _load_i32(address: Int64, *, loc: Any = None, ip: Any = None) -> Int32:
+    return Int32(_asm("ld.global.u32 $0, [$1];", "=r,l", T.i32(), [address], loc, ip))
+
+
+@dsl_user_op
+def _load_i64(address: Int64, *, loc: Any = None, ip: Any = None) -> Int64:
+    return Int64(_asm("ld.global.u64 $0, [$1];", "=l,l", T.i64(), [address], loc, ip))
+
+
+@dsl_user_op
+def _await_flag(
+    flag: Int64, name: Int64, note: Int64, deadline_ns: Int64, *, loc: Any = None, ip: Any = None
+) -> None:
+    """Spin until the flag is set. Past the deadline: note its name and stop the GPU's work."""
+    text = """{
+        .reg .pred p;
+        .reg .u32 seen;
+        .reg .u64 start, now;
+        ld.acquire.sys.global.u32 seen, [$0];
+        setp.ne.u32 p, seen, 0;
+        @p bra ARRIVED;
+        mov.u64 start, %globaltimer;
+    AGAIN:
+        nanosleep.u32 40;
+        ld.acquire.sys.global.u32 seen, [$0];
+        setp.ne.u32 p, seen, 0;
+        @p bra ARRIVED;
+        mov.u64 now, %globaltimer;
+        sub.u64 now, now, start;
+        setp.lt.u64 p, now, $3;
+        @p bra AGAIN;
+        cvt.u32.u64 seen, $1;
+        st.release.sys.global.u32 [$2], seen;
+        trap;
+    ARRIVED:
+    }"""
+    _asm(text, "l,l,l,l", None, [flag, name, note, deadline_ns], loc, ip)
+
+
+def _asm(text: str, constraints: str, result: Any, operands: list, loc: Any, ip: Any) -> Any:
+    return llvm.inline_asm(
+        result,
+        [Int64(operand).ir_value(loc=loc, ip=ip) for operand in operands],
+        text,
+        constraints,
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+
+
+class FusedForwardSm90(FlashAttentionForwardSm90):
+    """The kernel; one compilation serves all lengths, strides, peers and layers."""
+
+    def kernel(self, *args: Any) -> Any:
+        """Stands where the package's ``__call__`` expects its kernel: adds the second arrays."""
+        given = dict(zip(_KERNEL_PARAMETERS.split()[1:], args, strict=True))
+        told = dict(zip(SCALARS, given["aux_data"].scalars, strict=True))
+        second: list[Any] = []
+        for name, address, layout, columns in (
+            ("mK", told["k"], self.sK_layout, self.tile_hdim),
+            ("mV", told["v"], self.sV_layout, self.tile_hdimv),
+        ):
+            mX = given[name]
+            num_rows, num_heads = told["num_remote_blocks"] * self.tile_n, cute.size(mX.shape[2])
+            row = cute.assume(Int64(num_heads) * columns, divby=columns)
+            sample = cute.assume(Int64(num_rows) * row, divby=columns)
+            remote = cute.make_tensor(
+                cute.make_ptr(self.dtype, address, cute.AddressSpace.gmem, assumed_align=16),
+                cute.make_layout(
+                    (num_rows, columns, num_heads, cute.size(mX.shape[3])),
+                    stride=(row, 1, columns, sample),
+                ),
+            )
+            second += cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileG2SOp(),
+                remote,
+                cute.select(layout, mode=[0, 1]),
+                (self.tile_n, columns),
+                1,
+            )
+            # Masks and the walk go by the number of keys, loads by their block.
+            given[name] = cute.make_tensor(
+                mX.iterator, cute.make_layout((told["num_keys"], *mX.shape[1:]), stride=mX.stride)
+            )
+        return self.fused_kernel(*given.values(), *second)
+
+    @cute.kernel
+    def fused_kernel(
+        self,
+        mQ,
+        mK,
+        mV,
+        mO,
+        mLSE,
+        mCuSeqlensQ,
+        mCuSeqlensK,
+        mSeqUsedQ,
+        mSeqUsedK,
+        mPageTable,
+        tma_atom_Q,
+        tma_atom_K,
+        tma_atom_V,
+        tma_atom_O,
+        softmax_scale_log2,
+        softmax_scale,
+        window_size_left,
+        window_size_right,
+        learnable_sink,
+        blocksparse_tensors,
+        sQ_layout,
+        sK_layout,
+        sV_layout,
+        sO_layout,
+        sP_layout,
+        gmem_tiled_copy_Q,
+        gmem_tiled_copy_K,
+        gmem_tiled_copy_V,
+        gmem_tiled_copy_O,
+        tiled_mma_qk,
+        tiled_mma_pv,
+        tile_sched_params,
+        TileScheduler: cutlass.Constexpr,
+        SharedStorage: cutlass.Constexpr,
+        aux_data: AuxData,
+        fastdiv_mods,
+        remote_atom_K,
+        remote_K,
+        remote_atom_V,
+        remote_V,
+    ):
+        self.told = dict(zip(SCALARS, aux_data.scalars, strict=True))
+        self.remote = {"K": (remote_atom_K, remote_K), "V": (remote_atom_V, remote_V)}
+        _body(
+            self,
+            mQ,
+            mK,
+            mV,
+            mO,
+            mLSE,
+            mCuSeqlensQ,
+            mCuSeqlensK,
+            mSeqUsedQ,
+            mSeqUsedK,
+            mPageTable,
+            tma_atom_Q,
+            tma_atom_K,
+            tma_atom_V,
+            tma_atom_O,
+            softmax_scale_log2,
+            softmax_scale,
+            window_size_left,
+            window_size_right,
+            learnable_sink,
+            blocksparse_tensors,
+            sQ_layout,
+            sK_layout,
+            sV_layout,
+            sO_layout,
+            sP_layout,
+            gmem_tiled_copy_Q,
+            gmem_tiled_copy_K,
+            gmem_tiled_copy_V,
+            gmem_tiled_copy_O,
+            tiled_mma_qk,
+            tiled_mma_pv,
+            tile_sched_params,
+            TileScheduler,
+            SharedStorage,
+            aux_data,
+            fastdiv_mods,
+        )
+
+    def load(self, *args: Any) -> None:
+        """As the package's; a block of threads has one tile, so its remote operands are known."""
+        given = dict(zip(_LOAD_PARAMETERS.split()[1:], args, strict=True))
+        _, head, sample, _ = given["TileSchedulerCls"]().initial_work_tile_info().tile_idx
+        self.kv_head = head if const_expr(self.pack_gqa) else head // self.qhead_per_kvhead
+        self.num_kv_heads = cute.size(given["mK"].shape[2])
+        self.load_remote = {}
+        for name, columns in (("K", self.tile_hdim), ("V", self.tile_hdimv)):
+            atom, tensor = self.remote[name]
+            tiles = cute.local_tile(
+                tensor[None, None, self.kv_head, sample], (self.tile_n, columns), (None, 0)
+            )
+            copy, _, _ = copy_utils.tma_get_copy_fn(
+                atom, 0, cute.make_layout(1), tiles, given[f"s{name}"]
+            )
+            self.load_remote[name] = copy_utils.tma_producer_copy_fn(
+                copy, given[f"pipeline_{name.lower()}"]
+            )
+        FlashAttentionForwardSm90.load(self, *args)
+
+    @cute.jit
+    def load_KV(
+        self,
+        tma_load_fn,
+        paged_kv_manager,
+        sX,
+        block,
+        pipeline_kv,
+        producer_state,
+        K_or_V,
+        page_idx=None,
+    ):
+        load_remote = self.load_remote[K_or_V]
+        own = block - self.told["num_remote_blocks"]
+        if own >= 0:
+            tma_load_fn(src_idx=own, producer_state=producer_state)
+        else:
+            if const_expr(K_or_V == "K"):  # the values of a block follow its keys
+                self.await_chunks(block)
+            load_remote(src_idx=block, producer_state=producer_state)
+        pipeline_kv.producer_commit(producer_state)
+
+    @cute.jit
+    def await_chunks(self, block):
+        """Wait for the chunks that the walk meets first in this block."""
+        entry = _load_i32(self.told["begins"] + Int64(block) * 4)
+        if entry != 0:
+            first = entry & ((1 << CHUNK_BITS) - 1)
+            for i in cutlass.range(entry >> CHUNK_BITS, unroll=1):
+                at = Int64((first + i) * self.num_kv_heads + self.kv_head) * 16
+                flag = _load_i64(self.told["flags"] + at)
+                name = _load_i64(self.told["flags"] + at + 8)
+                _await_flag(flag, name, self.told["note"], self.told["deadline_ns"])
+            cute.arch.fence_proxy("async.global")
+
+
+def tile_of(head_dim: int) -> Any:
+    """The package's choice of tiles: ``m_block_size``, ``n_block_size`` and how it multiplies."""
+    return _tile_size_fwd_sm90(head_dim, head_dim, False, False)
+
+
+def compile_kernel(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Any:
+    """The kernel for tensors of this dtype, head dim and number of query heads a kv head."""
+    head_dim, shared_by = q.shape[3], q.shape[2] // k.shape[2]
+    tile = tile_of(head_dim)
+    kernel = FusedForwardSm90(
+        {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}[q.dtype],
+        head_dim,
+        head_dim,
+        shared_by,
+        is_causal=False,
+        is_local=False,
+        pack_gqa=shared_by > 1,
+        tile_m=tile.m_block_size,
+        tile_n=tile.n_block_size,
+        num_stages=2,
+        num_threads=384,
+        Q_in_regs=False,
+        intra_wg_overlap=tile.intra_wg_overlap,
+        mma_pv_is_rs=tile.mma_pv_is_rs,
+    )
+    tensors = [to_cute_tensor(x) for x in (q, k, v, out)]
+    scalars = tuple(kind(0) for kind in SCALARS.values())
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(
+        kernel,
+        *tensors,
+        None,  # no log-sum-exp
+        0.1,
+        *_UNUSED,
+        AuxData(None, scalars),
+        None,
+        None,
+        stream,
+        options="--enable-tvm-ffi",
+    )
+
+
+def arguments(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, remote: RemoteKeys
+) -> tuple[Any, ...]:
+    """What the compiled kernel is called with."""
+    scalars = (
+        remote.k,
+        remote.v,
+        len(remote.begins),
+        remote.num_keys,
+        remote.begins.data_ptr(),
+        remote.flags.data_ptr(),
+        remote.note,
+        remote.deadline_ns,
+    )
+    return (q, k, v, out, None, scale, *_UNUSED, AuxData(None, scalars), None, None)

@@ -1,0 +1,46 @@
+"""One attention call a layer, whose kernel waits for the keys of its peers itself.
+
+Queries stay where they are: each rank attends its own, all heads, with every rank's keys. It puts
+its keys and values to all peers, nearest first, and its kernel begins with its own, which need no
+copy, and goes on with those of the peer before it, of the one before that, and so on, each as it
+arrives. Nothing is merged, no query or output moves, and there is one launch.
+
+Keys go in head groups, so that the tiles of the first heads, which a GPU takes up first, find all
+of theirs while the rest is still on its way.
+"""
+
+from __future__ import annotations
+
+from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.schedule.program_builder import ProgramBuilder
+from swiftfusion_xdit.schedule.steps import Program
+
+
+def fused(mesh: Mesh, rank: int, *, groups_per_rank: int = 1) -> Program:
+    """One rank's program.
+
+    Raises:
+        ValueError: the mesh has more than a ring.
+    """
+    if mesh.num_head_groups != 1:
+        raise ValueError(f"schedule 'fused' needs a mesh with torus=1 and ulysses=1, got {mesh}")
+    arrivals = [mesh.rank(0, 0, rank - distance) for distance in range(1, mesh.ring)]
+    b = ProgramBuilder(
+        mesh,
+        rank,
+        query_order=[rank],
+        key_order=[*reversed(arrivals), rank],
+        groups_per_rank=groups_per_rank,
+    )
+    for group in range(groups_per_rank):
+        for distance in range(1, mesh.ring):
+            with b.stage(f"distance[{distance}]"):
+                b.put("kv", mesh.rank(0, 0, rank + distance), stream="ring", group=group)
+    for group in range(groups_per_rank):
+        with b.stage(f"group[{group}]"):
+            for chunk in arrivals:
+                b.wait("kv", chunk, group=group)
+            b.attend([rank], b.key_order, group=group, fused=True)
+            b.merge_and_push([rank], stream="ring", group=group)
+    b.collect_output()
+    return b.finish()
