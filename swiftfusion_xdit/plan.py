@@ -22,6 +22,7 @@ from swiftfusion_xdit.mesh import (
 )
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule import build
+from swiftfusion_xdit.schedule.fused import fused_groups
 from swiftfusion_xdit.schedule.messages import messages
 from swiftfusion_xdit.schedule.steps import (
     Attend,
@@ -38,7 +39,6 @@ from swiftfusion_xdit.topology import Topology
 
 STRATEGIES = ("usp", "tas", "torus")
 PIPELINED_GROUPS = 2  # where the device is not known
-FUSED_GROUPS = 4
 FUSED_TILE_ROWS = 128  # keys that a fused call loads at a time
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 ALIGNMENT_BYTES = 256
@@ -316,7 +316,12 @@ def make_plan(
         mesh = mesh or Mesh(ring=topology.num_ranks)
         if reason := not_fused_because(shape, mesh, topology):
             raise ValueError(f"schedule 'fused' cannot serve this layer: {reason}")
-        groups_per_rank = fused_groups(shape, groups_per_rank)
+        if not groups_per_rank:
+            groups_per_rank, edge_heads = fused_groups(
+                shape.num_heads,
+                shape.num_kv_heads,
+                heads_at_once=num_units / tiles_per_head(shape, max(shape.query_lengths)),
+            )
     choose_mesh = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}[strategy]
     mesh = mesh or choose_mesh(topology, shape.num_heads)
     mesh.require(num_ranks=topology.num_ranks, num_heads=shape.num_heads)
@@ -359,11 +364,15 @@ def pipelined_groups(shape: AttentionShape, mesh: Mesh, num_units: int) -> tuple
     if not num_units:
         return min(PIPELINED_GROUPS, heads_per_rank), 0
     rows = sum(shape.query_lengths) // mesh.ring
-    tiles_per_head = max(1, -(-rows // tile_rows(shape.head_dim)) * shape.batch)
-    edge_heads = -(-num_units // tiles_per_head)
+    edge_heads = -(-num_units // tiles_per_head(shape, rows))
     if heads_per_rank >= 4 * edge_heads:
         return 3, edge_heads
     return min(PIPELINED_GROUPS, heads_per_rank), 0
+
+
+def tiles_per_head(shape: AttentionShape, rows: int) -> int:
+    """Tiles of so many query rows of every sample, for one head."""
+    return max(1, -(-rows // tile_rows(shape.head_dim)) * shape.batch)
 
 
 def own_rows_in_tile(received: int) -> int:
@@ -389,14 +398,6 @@ def not_fused_because(shape: AttentionShape, mesh: Mesh, topology: Topology) -> 
                 f"{FUSED_TILE_ROWS}, got {own} of {total} at rank {rank}"
             )
     return ""
-
-
-def fused_groups(shape: AttentionShape, wanted: int = 0) -> int:
-    """Head groups of ``fused``, as many as wanted if query heads that share keys stay together."""
-    wanted = min(wanted or FUSED_GROUPS, shape.num_kv_heads)
-    if shape.num_kv_heads == shape.num_heads:
-        return wanted
-    return max(n for n in range(1, wanted + 1) if shape.num_kv_heads % n == 0)
 
 
 def needs_lse(schedule: Schedule) -> bool:

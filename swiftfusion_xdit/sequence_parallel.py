@@ -305,6 +305,8 @@ class SequenceParallel:
             )
             mesh, schedule, groups = choice.mesh, choice.schedule, choice.groups_per_rank
             edge = choice.edge_heads
+            if schedule == "fused":  # the planner compares; the plan has a rule for these
+                groups = 0
             if self._comm.rank == 0:
                 logger.info("planned: %s", choice.describe())
         return make_plan(

@@ -11,7 +11,6 @@ from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.plan import (
     FUSED_TILE_ROWS,
     AttentionShape,
-    fused_groups,
     make_plan,
     needs_lse,
     not_fused_because,
@@ -82,10 +81,14 @@ def test_what_it_cannot_serve_is_pipelined_and_said_once(
 
 
 def shape(kv_heads: int = 6, **changes: object) -> AttentionShape:
-    values: dict = {"query_lengths": (4, 4), "key_lengths": (256, 256), "wire": "exact"} | changes
-    return AttentionShape(
-        batch=1, num_heads=6, num_kv_heads=kv_heads, head_dim=64, dtype=torch.bfloat16, **values
-    )
+    values: dict = {
+        "query_lengths": (4, 4),
+        "key_lengths": (256, 256),
+        "num_heads": 6,
+        "head_dim": 64,
+        **changes,
+    }
+    return AttentionShape(batch=1, num_kv_heads=kv_heads, dtype=torch.bfloat16, **values)
 
 
 @pytest.mark.parametrize(
@@ -111,16 +114,18 @@ def test_shapes_it_serves(changes: dict, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "wanted", "expected"), [(6, 0, 4), (6, 9, 6), (3, 2, 1), (2, 0, 2), (1, 0, 1)]
+    ("kv_heads", "sizes"), [(24, [2, 10, 10, 2]), (12, [3] * 4), (6, [2] * 3), (1, [1])]
 )
-def test_query_heads_that_share_keys_stay_in_one_group(
-    kv_heads: int, wanted: int, expected: int
-) -> None:
-    assert fused_groups(shape(kv_heads), wanted) == expected
+def test_head_groups(kv_heads: int, sizes: list[int]) -> None:
+    """The first is small, and query heads that share keys stay in one group."""
     plan = make_plan(
-        shape(kv_heads), Topology.split(2, 1), schedule="fused", groups_per_rank=wanted
+        shape(kv_heads, num_heads=24, query_lengths=(2304, 2304), head_dim=128),
+        Topology.split(2, 1),
+        schedule="fused",
+        num_units=132,
     )
     groups = [plan.heads("k", heads) for heads in range(plan.schedule.groups_per_rank)]
+    assert [len(group) for group in groups] == sizes
     assert [head for group in groups for head in group] == list(range(kv_heads))
 
 

@@ -118,7 +118,7 @@ class Communicator(ABC):
 
     on_stream: ClassVar[bool] = False
     # Whether every peer's memory and flags have an address here, so that a layer can be compiled.
-    addressable: ClassVar[bool] = False
+    addressable: bool = False
 
     def __init__(self, *, rank: int, size: int, topology: Topology) -> None:
         if topology.num_ranks != size:

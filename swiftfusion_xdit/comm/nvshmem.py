@@ -116,6 +116,11 @@ class NvshmemCommunicator(StreamCommunicator):
         )
         self._map_peers = map_peers
         self._pes = [dist.get_global_rank(group, peer) for peer in range(self.size)]
+        probe = self.allocate(0, num_flags=0)
+        mapped = all(probe.is_mapped(peer) for peer in range(self.size))
+        self.free(probe)
+        # Then layers are compiled, as for `cuda`.
+        self.addressable = all(each for (each,) in segment.exchange(group, [int(mapped)]))
 
     def allocate(self, num_bytes: int, *, num_flags: int) -> NvshmemBuffer:
         self._check_open()

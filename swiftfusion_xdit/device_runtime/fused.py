@@ -12,7 +12,7 @@ from swiftfusion_xdit.comm.stream import StreamBuffer
 from swiftfusion_xdit.device_runtime.calls import Output
 from swiftfusion_xdit.plan import FUSED_TILE_ROWS, own_rows_in_tile
 from swiftfusion_xdit.runtime import Layer
-from swiftfusion_xdit.schedule.steps import Block, Wait
+from swiftfusion_xdit.schedule.steps import Block, TensorName, Wait
 
 if TYPE_CHECKING:
     from swiftfusion_xdit.device_runtime import DeviceRunner
@@ -42,7 +42,9 @@ class FusedCall:
             num_rows=k.shape[1],
             num_keys=sum(plan.shape.key_lengths),
             begins=torch.tensor(self._begins(runner), dtype=torch.int32, device=device),
-            flags=torch.tensor(self._flags(runner, parity), dtype=torch.int64, device=device),
+            flags=torch.tensor(
+                self._flags(runner, buffer, parity), dtype=torch.int64, device=device
+            ),
             note=runner.notes.stream_lane_address(-1),
             deadline_ns=int((runner.timeout_s + DEADLINE_GRACE_S) * 1e9),
         )
@@ -58,20 +60,20 @@ class FusedCall:
             stop -= lengths[chunk]
         return entries
 
-    def _flags(self, runner: DeviceRunner, parity: int) -> list[list[tuple[int, int]]]:
-        plan, rank, buffer = runner.plan, runner.rank, runner.buffer
-        assert isinstance(buffer, StreamBuffer)
-        table = []
-        for chunk in self._arrivals:
-            row: list[tuple[int, int]] = []
+    def _flags(
+        self, runner: DeviceRunner, buffer: StreamBuffer, parity: int
+    ) -> list[list[list[tuple[int, int]]]]:
+        def row(tensor: TensorName, chunk: int) -> list[tuple[int, int]]:
+            entries: list[tuple[int, int]] = []
             for call in runner.program.fused_calls:
-                block = plan.message_block(rank, Block("k", chunk, call.heads))
+                block = runner.plan.message_block(runner.rank, Block(tensor, chunk, call.heads))
                 wait = Wait(call.stage, call.stream, block, chunk)
                 flag = runner.awaited_flag(wait, parity).index
-                entry = (buffer.flag_address(flag, rank), buffer.wait_token(flag))
-                row += [entry] * len(plan.heads("k", call.heads))
-            table.append(row)
-        return table
+                entry = (buffer.flag_address(flag, runner.rank), buffer.wait_token(flag))
+                entries += [entry] * len(runner.plan.heads(tensor, call.heads))
+            return entries
+
+        return [[row("k", c) for c in self._arrivals], [row("v", c) for c in self._arrivals]]
 
     def prepare(self, layer: Layer) -> None:
         """Run once, off the record, without a wait: compiles the kernel."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from swiftfusion_xdit.mesh import AXES, Mesh, paper_mesh
+from swiftfusion_xdit.schedule.fused import fused_groups
 from swiftfusion_xdit.simulate.hardware import Cluster
 from swiftfusion_xdit.simulate.sizes import LayerShape
 from swiftfusion_xdit.topology import Topology
@@ -15,7 +16,6 @@ STRATEGIES = ("usp", "tas", "torus")
 SCHEDULES = ("torus", "folded", "pipelined")
 KNOWN_SCHEDULES = (*SCHEDULES, "fused")  # which not every attention kernel can do
 PIPELINED_GROUPS = (1, 2, 3, 4, 6)
-FUSED_GROUPS = (1, 2, 4, 6, 8)
 EDGED_GROUPS = (3, 4)  # with few heads in the first and the last
 EDGE_HEADS = (1, 2, 3)
 
@@ -146,7 +146,9 @@ def schedules_on(
         if name == "folded" and mesh.torus == 1:
             continue  # the same steps as `torus`
         if name == "fused":
-            yield from _fused(mesh, shape)
+            if mesh.num_head_groups == 1 < mesh.size:
+                groups, _ = fused_groups(shape.num_heads, shape.num_kv_heads)
+                yield Candidate(strategy, mesh, name, groups)
             continue
         if name != "pipelined":
             yield Candidate(strategy, mesh, name)
@@ -158,15 +160,6 @@ def schedules_on(
         for groups, edge in itertools.product(EDGED_GROUPS, EDGE_HEADS):
             if edge * groups <= heads:
                 yield Candidate(strategy, mesh, name, groups, edge)
-
-
-def _fused(mesh: Mesh, shape: LayerShape) -> Iterator[Candidate]:
-    if mesh.num_head_groups > 1 or mesh.size == 1:
-        return
-    for groups in FUSED_GROUPS:
-        alone = shape.num_kv_heads == shape.num_heads
-        if groups <= shape.num_kv_heads and (alone or shape.num_kv_heads % groups == 0):
-            yield Candidate("torus", mesh, "fused", groups)
 
 
 def fits(cluster: Cluster, shape: LayerShape) -> None:

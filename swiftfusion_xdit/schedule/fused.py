@@ -6,14 +6,33 @@ copy, and goes on with those of the peer before it, of the one before that, and 
 arrives. Nothing is merged, no query or output moves, and there is one launch.
 
 Keys go in head groups, so that the tiles of the first heads, which a GPU takes up first, find all
-of theirs while the rest is still on its way.
+of theirs while the rest is still on its way. The first group is small: the units that take up its
+tiles wait for next to nothing, and those that do wait take fewer tiles in the end. Keys and values
+have a stream each: while one's copy starts, the other's has the link to itself.
 """
 
 from __future__ import annotations
 
+import math
+
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.program_builder import ProgramBuilder
 from swiftfusion_xdit.schedule.steps import Program
+
+MOST_GROUPS = 4
+
+
+def fused_groups(num_heads: int, num_kv_heads: int, *, heads_at_once: float = 0) -> tuple[int, int]:
+    """(head groups, heads of the first and the last, see ``mesh.head_group_sizes``).
+
+    Args:
+        heads_at_once: whose tiles a GPU takes up together; 0 if unknown.
+    """
+    groups = min(MOST_GROUPS, num_kv_heads)
+    if num_kv_heads == num_heads:
+        return groups, math.ceil(heads_at_once / 4)
+    # Query heads that share keys stay together.
+    return max(n for n in range(1, groups + 1) if num_kv_heads % n == 0), 0
 
 
 def fused(mesh: Mesh, rank: int, *, groups_per_rank: int = 1) -> Program:
@@ -35,7 +54,9 @@ def fused(mesh: Mesh, rank: int, *, groups_per_rank: int = 1) -> Program:
     for group in range(groups_per_rank):
         for distance in range(1, mesh.ring):
             with b.stage(f"distance[{distance}]"):
-                b.put("kv", mesh.rank(0, 0, rank + distance), stream="ring", group=group)
+                peer = mesh.rank(0, 0, rank + distance)
+                b.put("k", peer, stream="ring", group=group)
+                b.put("v", peer, stream="torus", group=group)
     for group in range(groups_per_rank):
         with b.stage(f"group[{group}]"):
             for chunk in arrivals:

@@ -148,13 +148,15 @@ class ProgramBuilder:
         """The program, with every slot released at its end, and without copies nobody reads.
 
         Nobody waits for a release before the layer after next, so it holds up nothing that
-        somebody does wait for: it follows the last puts, or the last collect of outputs.
+        somebody does wait for: it follows the last puts, or the last collect of outputs, or on
+        its stream the fused call that reads the slot.
         """
         waits = [step for step in self._steps if isinstance(step, Wait)]
         releases: list[Step] = []
+        is_fused = any(isinstance(step, Attend) and step.fused for step in self._steps)
         for step in waits:
             stream: Stream = "torus" if self.mesh.torus > 1 else "ring"
-            if step.block.tensor == "o":
+            if step.block.tensor == "o" or is_fused:
                 stream = "compute"
             releases.append(Release("release", stream, step.block, step.peer))
         program = Program(self.rank, self.query_order, self.key_order, (*self._steps, *releases))

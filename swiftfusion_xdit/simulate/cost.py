@@ -9,7 +9,7 @@ from swiftfusion_xdit.simulate.hardware import BYTES_PER_US, Gpu
 
 # Of what one attention call leaves idle, what another gets: chosen on what two GPUs measured, where
 # calls on two streams take a little longer than one whose tiles fill all waves.
-FILLED = 0.9
+FILLED = 0.4
 LSE_BYTES = 4
 FLOPS_PER_US = 1e6  # of one TFLOP/s
 

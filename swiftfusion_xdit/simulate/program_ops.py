@@ -169,7 +169,7 @@ class GraphBuilder:
         sizes, costs = self.setting.sizes, self.setting.costs
         total = 0.0
         for chunk in step.queries:
-            num_partials = partials[chunk, step.heads]
+            num_partials = partials.get((chunk, step.heads), 0)  # none: a fused call's, in place
             num_bytes = sizes.block_bytes(Block("o", chunk, step.heads))
             if num_partials > 1:
                 rows = sizes.shape.batch * sizes.rows("q", (chunk,))
@@ -178,7 +178,7 @@ class GraphBuilder:
                     num_partials=num_partials,
                     lse_rows=rows * sizes.num_heads("q", step.heads),
                 )
-            elif chunk == rank:
+            elif num_partials and chunk == rank:
                 total += costs.copy_us(num_bytes)
         return total
 

@@ -35,7 +35,9 @@ def _start(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    torch.cuda.set_device(0 if share else rank)
+    device = 0 if share else rank
+    os.environ["LOCAL_RANK"] = str(device)  # xDiT goes by it
+    torch.cuda.set_device(device)
     dist.init_process_group(
         "gloo" if share else "nccl",  # NCCL refuses ranks that share a GPU
         init_method=f"file://{directory}/store",

@@ -79,9 +79,7 @@ def replay(rank: int, num_ranks: int, schedule: str, backend: str, turns: int = 
     """Two layers captured, replayed with fresh inputs between eager layers."""
     lengths = [uneven(1001, num_ranks)] * 2
     mesh = Mesh(ring=num_ranks) if schedule == "fused" else Mesh(torus=num_ranks)
-    with SequenceParallel(
-        mesh=mesh, schedule=schedule, backend=backend, device="cuda"
-    ) as sp:
+    with SequenceParallel(mesh=mesh, schedule=schedule, backend=backend, device="cuda") as sp:
         cases = [inputs(rank, seed, lengths, (6, 6))[0] for seed in range(4)]
         expected = [sp.attention(*case).clone() for case in cases]
         a, b = ([x.clone() for x in cases[0]] for _ in range(2))
