@@ -20,14 +20,15 @@ import os, signal, sys, torch
 import torch.distributed as dist
 from swiftfusion_xdit.sequence_parallel import SequenceParallel
 
-rank, store, name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, store, name, backend, mesh, schedule = int(sys.argv[1]), *sys.argv[2:]
 torch.cuda.set_device(rank % torch.cuda.device_count())
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 q = torch.randn(1, 512, 4, 64, device="cuda", dtype=torch.bfloat16)
-sp = SequenceParallel(mesh="torus=2", backend="sdpa_flash", device="cuda")
+sp = SequenceParallel(mesh=mesh, schedule=schedule, backend=backend, device="cuda")
 for _ in range(4):
     sp.attention(q, q, q)
 torch.cuda.synchronize()
+assert schedule in ("auto", sp.plan.schedule.name), sp.plan
 print("started", flush=True)
 if rank == 1:
     os.kill(os.getpid(), getattr(signal, name))
@@ -38,7 +39,14 @@ print("finished", flush=True)
 
 
 @pytest.mark.parametrize(("name", "timeout_s"), [("SIGKILL", 60), ("SIGSTOP", 4)])
-def test_the_other_rank_reports_and_exits(tmp_path: Path, name: str, timeout_s: int) -> None:
+@pytest.mark.parametrize(
+    "how", [("sdpa_flash", "torus=2", "auto"), ("fa4", "ring=2", "fused")], ids=["stream", "kernel"]
+)
+def test_the_other_rank_reports_and_exits(
+    tmp_path: Path, name: str, timeout_s: int, how: tuple[str, str, str]
+) -> None:
+    if how[0] == "fa4":
+        pytest.importorskip("flash_attn.cute.interface", reason="needs flash-attn-4")
     env = {
         **os.environ,
         "SWIFTFUSION_TIMEOUT_S": str(timeout_s),
@@ -46,7 +54,7 @@ def test_the_other_rank_reports_and_exits(tmp_path: Path, name: str, timeout_s: 
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), str(tmp_path / "store"), name],
+            [sys.executable, "-c", SCRIPT, str(rank), str(tmp_path / "store"), name, *how],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
