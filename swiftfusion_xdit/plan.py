@@ -257,6 +257,24 @@ class Plan:
         return self._message_blocks[owner, block]
 
     @cached_property
+    def _last_blocks(self) -> dict[tuple[int, int], Block]:
+        """Of (writer, owner): the last block that one puts to the other."""
+        return {
+            (program.rank, put.peer): put.block
+            for program in self.schedule.programs
+            for put in _steps(program, Put)
+        }
+
+    def return_block(self, writer: int, owner: int, block: Block) -> Block:
+        """The block whose FREE flag gives the slots of the message that brings ``block`` back.
+
+        Fused calls end together, so all that they read of one writer goes back at once.
+        """
+        if self.schedule.programs[owner].fused_calls:
+            return self._last_blocks[writer, owner]
+        return self.message_block(owner, block)
+
+    @cached_property
     def _flag_stride(self) -> tuple[int, int]:
         return max(map(len, self.full_flags)), max(map(len, self.free_flags))
 

@@ -218,7 +218,7 @@ class StreamedBackend(CpuBackend):
             first, count = entry % (1 << CHUNK_BITS), entry >> CHUNK_BITS
             start = max([at for at, _ in waits if at < tile], default=-1) + 1
             for head in range(heads):
-                flags = remote.flags[:, first : first + count, head, 0].flatten().tolist()
+                flags = remote.flags[first : first + count, head, 0].tolist()
 
                 def ready(flags: list[int] = flags) -> bool:
                     return all(word(flag).value for flag in flags)

@@ -210,6 +210,23 @@ def test_fused_layers_as_replayed_graphs_follow_one_another(machine: Machine) ->
         check_layers(fused_plan((300, 170), 3), machine, seed, parities)
 
 
+def test_what_a_fused_call_read_goes_back_at_once(machine: Machine) -> None:
+    """A peer takes all slots by one flag: its streams wait for, and write, as few as they can."""
+    plan = fused_plan((131, 290, 259), 3)
+    runner = Ranks(plan, machine).runners[0]
+    ops = next(iter(runner._compiled.values())).program.ops
+    waits = [op for op in ops if op.kind == OpKind.WAIT]
+    writes = [op for op in ops if op.kind == OpKind.WRITE and op.dst_offset not in notes_of(runner)]
+    num_peers, num_groups = 2, 3
+    assert len(waits) == num_peers
+    assert len(writes) == num_peers * (num_groups + 1)  # rows are there; slots are given back
+
+
+def notes_of(runner: DeviceRunner) -> set[int]:
+    notes: Any = runner.notes
+    return {address for address, _ in (*notes.begin_notes(), *notes.end_notes())}
+
+
 def test_fused_calls_do_wait(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told of no flags, they read what is not there yet, in some order of the streams."""
     monkeypatch.setattr(FusedCall, "_begins", lambda self, runner: [0] * (170 // 128 + 1))

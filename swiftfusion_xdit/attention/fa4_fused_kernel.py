@@ -35,8 +35,7 @@ SCALARS = {
     "num_remote_blocks": Int32,
     "num_keys": Int32,
     "begins": Int64,
-    "flags_k": Int64,
-    "flags_v": Int64,
+    "flags": Int64,
     "note": Int64,
     "deadline_ns": Int64,
 }
@@ -283,19 +282,21 @@ class FusedForwardSm90(FlashAttentionForwardSm90):
         if own >= 0:
             tma_load_fn(src_idx=own, producer_state=producer_state)
         else:
-            self.await_chunks(block, self.told["flags_k" if K_or_V == "K" else "flags_v"])
+            if const_expr(K_or_V == "K"):  # the values of a block follow its keys
+                self.await_chunks(block)
             load_remote(src_idx=block, producer_state=producer_state)
         pipeline_kv.producer_commit(producer_state)
 
     @cute.jit
-    def await_chunks(self, block, flags):
+    def await_chunks(self, block):
         """Wait for the chunks that the walk meets first in this block."""
         entry = _load_i32(self.told["begins"] + Int64(block) * 4)
         if entry != 0:
             first = entry & ((1 << CHUNK_BITS) - 1)
             for i in cutlass.range(entry >> CHUNK_BITS, unroll=1):
-                at = Int64((first + i) * self.num_kv_heads + self.kv_head) * 16
-                flag, name = _load_i64(flags + at), _load_i64(flags + at + 8)
+                number = (first + i) * self.num_kv_heads + self.kv_head
+                at = self.told["flags"] + Int64(number) * 16
+                flag, name = _load_i64(at), _load_i64(at + 8)
                 _await_flag(flag, name, self.told["note"], self.told["deadline_ns"])
             cute.arch.fence_proxy("async.global")
 
@@ -352,8 +353,7 @@ def arguments(
         len(remote.begins),
         remote.num_keys,
         remote.begins.data_ptr(),
-        remote.flags[0].data_ptr(),
-        remote.flags[1].data_ptr(),
+        remote.flags.data_ptr(),
         remote.note,
         remote.deadline_ns,
     )

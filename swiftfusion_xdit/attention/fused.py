@@ -21,9 +21,8 @@ class RemoteKeys:
         num_keys: of all ranks: ``num_rows`` and those that the call is given as its own.
         begins: int32 ``[num_rows / tile_rows]``. Which chunks of rows the walk meets first in a
             tile: the number of the first one, and from bit ``CHUNK_BITS`` on how many. 0: none.
-        flags: int64 ``[2, chunks, H_kv, 2]``, for k and for v: address of the uint32 that a peer
-            sets when the rows of a chunk are there for a head, and the flag's name for the
-            watchdog, see ``heartbeat``.
+        flags: int64 ``[chunks, H_kv, 2]``: address of the uint32 that a peer sets when the rows of
+            a chunk are there for a head, and the flag's name for the watchdog, see ``heartbeat``.
         note: address of a uint32 in host memory; gets the name of a flag that is not set in time.
         deadline_ns: how long the kernel waits for a flag before it stops all work of its GPU.
     """

@@ -12,7 +12,7 @@ from swiftfusion_xdit.comm.stream import StreamBuffer
 from swiftfusion_xdit.device_runtime.calls import Output
 from swiftfusion_xdit.plan import FUSED_TILE_ROWS, own_rows_in_tile
 from swiftfusion_xdit.runtime import Layer
-from swiftfusion_xdit.schedule.steps import Block, TensorName, Wait
+from swiftfusion_xdit.schedule.steps import Block, Wait
 
 if TYPE_CHECKING:
     from swiftfusion_xdit.device_runtime import DeviceRunner
@@ -62,18 +62,19 @@ class FusedCall:
 
     def _flags(
         self, runner: DeviceRunner, buffer: StreamBuffer, parity: int
-    ) -> list[list[list[tuple[int, int]]]]:
-        def row(tensor: TensorName, chunk: int) -> list[tuple[int, int]]:
-            entries: list[tuple[int, int]] = []
+    ) -> list[list[tuple[int, int]]]:
+        """Of each chunk and head: where its flag is, and its name."""
+        plan, rank, table = runner.plan, runner.rank, []
+        for chunk in self._arrivals:
+            row: list[tuple[int, int]] = []
             for call in runner.program.fused_calls:
-                block = runner.plan.message_block(runner.rank, Block(tensor, chunk, call.heads))
+                block = plan.message_block(rank, Block("k", chunk, call.heads))
                 wait = Wait(call.stage, call.stream, block, chunk)
                 flag = runner.awaited_flag(wait, parity).index
-                entry = (buffer.flag_address(flag, runner.rank), buffer.wait_token(flag))
-                entries += [entry] * len(runner.plan.heads(tensor, call.heads))
-            return entries
-
-        return [[row("k", c) for c in self._arrivals], [row("v", c) for c in self._arrivals]]
+                entry = (buffer.flag_address(flag, rank), buffer.wait_token(flag))
+                row += [entry] * len(plan.heads("k", call.heads))
+            table.append(row)
+        return table
 
     def prepare(self, layer: Layer) -> None:
         """Run once, off the record, without a wait: compiles the kernel."""

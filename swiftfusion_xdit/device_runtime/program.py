@@ -167,20 +167,21 @@ class Compiler:
             self.ops.append(Op.wait_event(stream, event))
 
     def _begin(self) -> None:
-        """Wait for the slots that this rank's inputs go to; note the layer; offer its own slots.
+        """Take the slots that this rank's inputs go to; note the layer; offer its own slots.
 
         Readers have freed slots of inputs in the layer before the last, so nothing is waited for
         where peers keep up, and no put waits at a time when its peer waits for the put. Slots of
         outputs are free once their owner is here, and are needed late: offering them now keeps
         that off the end of the layer.
         """
-        waits = defaultdict(list)
+        taken = defaultdict(list)
         for step in self._message_ends(Put):
-            if step.block.tensor != "o":
-                stream = STREAMS.index(step.stream)
-                waits[stream].append(Op.wait(stream, self._own_flag(step)))
-        for ops in waits.values():
-            self.ops += ops
+            back = self.plan.return_block(self.runner.rank, step.peer, step.block)
+            if step.block.tensor != "o" and step.block == back:
+                taken[STREAMS.index(step.stream)].append(self._own_flag(step))
+        for stream, flags in taken.items():
+            self.ops += [Op.wait(stream, flag) for flag in flags]
+            self.ops += [Op.clear(stream, flag) for flag in flags]
         self._note(ASIDE, self.runner.notes.begin_notes())
         for release in self._message_ends(Release):
             if release.block.tensor == "o":
@@ -223,11 +224,10 @@ class Compiler:
         plan, parity = self.plan, self.parity
         stream, end = STREAMS.index(steps[0].stream), steps[-1]
         if end.block.tensor == "o":
-            self.ops.append(Op.wait(stream, self._own_flag(end)))
+            self.ops += [f(stream, self._own_flag(end)) for f in (Op.wait, Op.clear)]
         for step in steps:
             slot = plan.layouts[end.peer].slot(step.block, parity)
             self._copy(stream, self._source(step.block), self._at(end.peer, slot))
-        self.ops.append(Op.clear(stream, self._own_flag(end)))
         full = plan.full_flag(end.peer, end.block, parity)
         self.ops.append(Op.write(stream, self._flag_place(full, end.peer)))
 
@@ -270,12 +270,14 @@ class Compiler:
             self.ops.append(Op.wait(stream, self._own_flag(replace(step, block=block))))
 
     def _release(self, stream: int, block: Block, peer: int) -> list[Op]:
-        """Give the slots of a message back to ``peer``."""
+        """Clear the flag of a message; with the last one of those that go back together, do it."""
         rank, plan, parity = self.runner.rank, self.plan, self.parity
         full = plan.full_flag(rank, block, parity)
-        free = plan.free_flag(peer, rank, block, parity)
-        clear = Op.clear(stream, self._flag_place(full, rank))
-        return [clear, Op.write(stream, self._flag_place(free, peer))]
+        ops = [Op.clear(stream, self._flag_place(full, rank))]
+        if plan.return_block(peer, rank, block) == block:
+            free = plan.free_flag(peer, rank, block, parity)
+            ops.append(Op.write(stream, self._flag_place(free, peer)))
+        return ops
 
     def _own_flag(self, step: Put | Wait) -> Place:
         flag = self.runner.awaited_flag(step, self.parity)

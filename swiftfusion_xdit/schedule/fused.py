@@ -7,8 +7,7 @@ arrives. Nothing is merged, no query or output moves, and there is one launch.
 
 Keys go in head groups, so that the tiles of the first heads, which a GPU takes up first, find all
 of theirs while the rest is still on its way. The first group is small: the units that take up its
-tiles wait for next to nothing, and those that do wait take fewer tiles in the end. Keys and values
-have a stream each: while one's copy starts, the other's has the link to itself.
+tiles wait for next to nothing, and those that do wait take fewer tiles in the end.
 """
 
 from __future__ import annotations
@@ -54,9 +53,7 @@ def fused(mesh: Mesh, rank: int, *, groups_per_rank: int = 1) -> Program:
     for group in range(groups_per_rank):
         for distance in range(1, mesh.ring):
             with b.stage(f"distance[{distance}]"):
-                peer = mesh.rank(0, 0, rank + distance)
-                b.put("k", peer, stream="ring", group=group)
-                b.put("v", peer, stream="torus", group=group)
+                b.put("kv", mesh.rank(0, 0, rank + distance), stream="ring", group=group)
     for group in range(groups_per_rank):
         with b.stage(f"group[{group}]"):
             for chunk in arrivals:
