@@ -319,8 +319,8 @@ def make_plan(
         whole_sequence: whether the kernel must see all rows, in order, in one call; then the
             schedule is ``pipelined`` and the mesh has no ring.
         num_units: multiprocessors of the device, for the number of head groups; 0 if unknown.
-        groups_per_rank: forces the number of head groups of ``pipelined`` and ``fused``; 0 leaves
-            it open.
+        groups_per_rank: forces the number of head groups of ``pipelined`` and ``fused``, as far as
+            there are heads; 0 leaves it open.
         edge_heads: heads of the first and the last of these groups; 0: as many as the others.
 
     Raises:
@@ -334,12 +334,12 @@ def make_plan(
         mesh = mesh or Mesh(ring=topology.num_ranks)
         if reason := not_fused_because(shape, mesh, topology):
             raise ValueError(f"schedule 'fused' cannot serve this layer: {reason}")
-        if not groups_per_rank:
-            groups_per_rank, edge_heads = fused_groups(
-                shape.num_heads,
-                shape.num_kv_heads,
-                heads_at_once=num_units / tiles_per_head(shape, max(shape.query_lengths)),
-            )
+        groups_per_rank, edge_heads = fused_groups(
+            shape.num_heads,
+            shape.num_kv_heads,
+            wanted=groups_per_rank,
+            heads_at_once=num_units / tiles_per_head(shape, max(shape.query_lengths)),
+        )
     choose_mesh = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}[strategy]
     mesh = mesh or choose_mesh(topology, shape.num_heads)
     mesh.require(num_ranks=topology.num_ranks, num_heads=shape.num_heads)
@@ -351,7 +351,7 @@ def make_plan(
         name = schedule
     groups = 1
     if name in ("pipelined", "whole_sequence", "fused"):
-        groups = groups_per_rank
+        groups = min(groups_per_rank, shape.num_heads // mesh.num_head_groups)
         if not groups:
             groups, edge_heads = pipelined_groups(shape, mesh, num_units)
     plan = Plan(shape, build(name, mesh, groups_per_rank=groups), edge_heads)

@@ -63,6 +63,7 @@ class SequenceParallel:
         mesh: ``Mesh``, its text form or a mapping; by default the strategy's rule.
         schedule: ``auto``, ``torus``, ``folded``, ``pipelined`` or ``fused``; for strategy
             ``torus`` only. Layers that ``fused`` cannot serve run in ``pipelined``.
+        groups: head groups of schedules ``pipelined`` and ``fused``; by default the plan's choice.
         transport: ``auto`` or the name of a transport, see ``comm.create_communicator``.
         backend: ``auto``, the name of a local attention kernel, see ``attention``, or a kernel.
         wire: how rows travel between ranks: ``exact``, or ``fp8``, as 8-bit floats with a scale
@@ -84,6 +85,7 @@ class SequenceParallel:
         machines: int | Topology | None = None,
         mesh: Mesh | str | Mapping[str, int] | None = None,
         schedule: str = "auto",
+        groups: int | None = None,
         transport: str = "auto",
         backend: str | Backend = "auto",
         wire: str = "exact",
@@ -104,8 +106,14 @@ class SequenceParallel:
             raise ValueError(
                 f"schedule={schedule!r} needs strategy='torus', got strategy={strategy!r}"
             )
+        if groups is not None and (groups < 1 or schedule not in ("pipelined", "fused")):
+            raise ValueError(
+                "groups must be at least 1, with schedule='pipelined' or 'fused'; "
+                f"got groups={groups} and schedule={schedule!r}"
+            )
         self.strategy = strategy
         self.schedule = schedule
+        self._forced_groups = groups
         self.wire = wire
         self.timeout_s = envs.get("TIMEOUT_S")
         self._agreement = Agreement(group, timeout_s=self.timeout_s)
@@ -121,7 +129,8 @@ class SequenceParallel:
             self._forced_mesh.require(num_ranks=group.size())
         self._agreement.require_equal(
             "options",
-            f"{strategy} {schedule} {transport} {self.backend.name} {self._forced_mesh} {wire}",
+            f"{strategy} {schedule} {groups} {transport} {self.backend.name} {self._forced_mesh} "
+            f"{wire}",
         )
         self._comm: Communicator = create_communicator(
             transport, group, self.topology, timeout_s=self.timeout_s, device=self.device
@@ -309,6 +318,8 @@ class SequenceParallel:
                 groups = 0
             if self._comm.rank == 0:
                 logger.info("planned: %s", choice.describe())
+        if self._forced_groups:
+            groups, edge = self._forced_groups, 0
         return make_plan(
             shape,
             self.topology,

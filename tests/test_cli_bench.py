@@ -27,6 +27,7 @@ def config(**changes: Any) -> BenchConfig:
         "strategies": ("usp", "torus"),
         "schedules": ("torus", "pipelined"),
         "backends": ("cpu",),
+        "groups": (),
         "meshes": (None,),
         "ranks": 2,
         "machines": 1,
@@ -54,6 +55,8 @@ def config(**changes: Any) -> BenchConfig:
         (["--strategies", "best"], "--strategies"),
         (["--strategies", "torus,torus"], "--strategies"),
         (["--schedules", "usp"], "--schedules"),
+        (["--groups", "2,few"], "--groups"),
+        (["--groups", "0"], "--groups"),
         (["--backends", "fa4"], "--backends"),
         (["--mesh", "torus=3"], "--mesh"),
         (["--transport", "mail"], "--transport"),
@@ -95,6 +98,8 @@ def test_cases_cover_every_degree_schedule_and_mesh() -> None:
     ours = config(strategies=("torus",), meshes=(None, "ring=2"), parts=True).cases()
     assert [case.kind for case in ours] == ["floor", *["torus"] * 4, *["comm"] * 4]
     assert Case("torus", "cpu", schedule="pipelined", mesh="ring=2") in ours
+    grouped = [c.groups for c in config(strategies=("torus",), groups=(1, 3)).cases()]
+    assert grouped == [None, None, None, 1, 3]  # floor, torus, pipelined thrice
 
 
 def test_run_on_cpu_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

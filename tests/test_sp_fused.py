@@ -114,15 +114,25 @@ def test_shapes_it_serves(changes: dict, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "sizes"), [(24, [2, 10, 10, 2]), (12, [3] * 4), (6, [2] * 3), (1, [1])]
+    ("kv_heads", "wanted", "sizes"),
+    [
+        (24, 0, [2, 10, 10, 2]),
+        (24, 5, [5, 5, 5, 5, 4]),
+        (24, 99, [1] * 24),
+        (12, 0, [3] * 4),
+        (12, 5, [3] * 4),
+        (6, 0, [2] * 3),
+        (1, 0, [1]),
+    ],
 )
-def test_head_groups(kv_heads: int, sizes: list[int]) -> None:
+def test_head_groups(kv_heads: int, wanted: int, sizes: list[int]) -> None:
     """The first is small, and query heads that share keys stay in one group."""
     plan = make_plan(
         shape(kv_heads, num_heads=24, query_lengths=(2304, 2304), head_dim=128),
         Topology.split(2, 1),
         schedule="fused",
         num_units=132,
+        groups_per_rank=wanted,
     )
     groups = [plan.heads("k", heads) for heads in range(plan.schedule.groups_per_rank)]
     assert [len(group) for group in groups] == sizes

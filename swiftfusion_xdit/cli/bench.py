@@ -44,6 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--strategies", help="of usp,tas,torus (usp,torus; tas too with --machines above 1)")
     schedules = ",".join(SCHEDULES)
     add("--schedules", default=schedules, help=f"of {schedules} (all)")
+    add("--groups", default="", help="head groups of pipelined and fused to force too, as 1,2,4")
     add("--backends", help="local kernels (fa4,cudnn; on CPU cpu)")
     add("--mesh", action="append", help="also this mesh, as torus=T,ulysses=U,ring=R; repeatable")
     add("--ranks", type=int, help=f"ranks (all GPUs; on CPU {CPU_RANKS})")
@@ -110,6 +111,7 @@ def make_config(args: argparse.Namespace) -> BenchConfig:
         strategies=_words(args.strategies or strategies),
         schedules=_words(args.schedules),
         backends=_words(args.backends or ("fa4,cudnn" if on_gpu else "cpu")),
+        groups=_numbers("--groups", args.groups),
         meshes=(None, *dict.fromkeys(args.mesh or ())),
         ranks=ranks,
         machines=args.machines,
@@ -123,6 +125,13 @@ def make_config(args: argparse.Namespace) -> BenchConfig:
         seconds=args.seconds,
         timeout_s=args.timeout,
     )
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    words = _words(text)
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"{flag} must be whole numbers with commas between, got {text!r}")
+    return tuple(int(word) for word in words)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -86,6 +86,7 @@ class Case:
     kind: str
     backend: str
     schedule: str = ""
+    groups: int | None = None
     mesh: str | None = None
     ulysses: int = 1
     ring: int = 1
@@ -105,6 +106,7 @@ class Case:
         if self.kind == "tas":
             return f"xDiT tas{combined} {XDIT_BACKENDS[self.backend]}"
         text = f"torus/{self.schedule} {self.backend}" + (f" {self.mesh}" if self.mesh else "")
+        text += f" in {self.groups} groups" if self.groups else ""
         return f"communication alone: {text}" if self.kind == "comm" else text
 
 
@@ -121,6 +123,7 @@ class BenchConfig:
     strategies: tuple[str, ...]
     schedules: tuple[str, ...]
     backends: tuple[str, ...]
+    groups: tuple[int, ...]
     meshes: tuple[str | None, ...]
     ranks: int
     machines: int
@@ -138,6 +141,8 @@ class BenchConfig:
         for name, least in (("ranks", 2), ("machines", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if any(groups < 1 for groups in self.groups):
+            raise ValueError(f"--groups must be at least 1 each, got {self.groups}")
         if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"--rounds must be at least 1, got {self.rounds}")
         if self.ranks % self.machines:
@@ -188,9 +193,10 @@ class BenchConfig:
     def _torus(self, backend: str) -> list[Case]:
         kinds = ("torus", "comm") if self.parts else ("torus",)
         return [
-            Case(kind, backend, schedule=schedule, mesh=mesh)
+            Case(kind, backend, schedule=schedule, groups=groups, mesh=mesh)
             for kind in kinds
             for schedule in self.schedules
+            for groups in (None, *(self.groups if schedule in ("pipelined", "fused") else ()))
             for mesh in self.meshes
         ]
 

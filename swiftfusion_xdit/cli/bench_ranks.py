@@ -97,6 +97,7 @@ class LayerBench:
                 machines=self.config.machines,
                 mesh=case.mesh,
                 schedule=case.schedule,
+                groups=case.groups,
                 transport=self.config.transport,
                 backend=case.backend,
                 device=self.device,

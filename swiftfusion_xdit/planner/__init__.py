@@ -16,12 +16,12 @@ from swiftfusion_xdit.mesh import Mesh, paper_mesh
 from swiftfusion_xdit.planner.bounds import even_shape, lower_bound_us, num_messages
 from swiftfusion_xdit.planner.candidates import (
     KNOWN_SCHEDULES,
-    SCHEDULES,
     STRATEGIES,
     Candidate,
     check_degrees,
     fits,
     parse_degrees,
+    schedules_of,
     schedules_on,
     sort_meshes,
 )
@@ -54,7 +54,7 @@ def plan(
     *,
     policy: str = "fastest",
     strategies: Iterable[str] = ("torus",),
-    schedules: Iterable[str] = SCHEDULES,
+    schedules: Iterable[str] | None = None,
     has_lse: bool = True,
     transport: Transport = ONE_SIDED,
     memory_limit_bytes: int | None = None,
@@ -69,7 +69,7 @@ def plan(
         policy: ``fastest``, or ``paper``: SwiftFusion's rule ``P_u = gcd(N * M, H)``, Ulysses
             across machines and Ring inside, with Torus Attention.
         strategies: of ``usp`` and ``tas``, which run over xDiT's collectives, and ``torus``.
-        schedules: those that ``torus`` may take; ``fused`` only if it is named.
+        schedules: those that ``torus`` may take; by default all that the cluster can run.
         has_lse: whether the attention kernel gives a log-sum-exp; if not, only ``pipelined`` fits.
         transport: of ``torus``.
         memory_limit_bytes: of symmetric memory on a GPU; by default a quarter of what it has.
@@ -80,6 +80,7 @@ def plan(
         ValueError: unknown names, degrees that no mesh has, or nothing that fits the limits.
     """
     fixed = parse_degrees(degrees)
+    schedules = schedules_of(cluster) if schedules is None else schedules
     names = tuple(dict.fromkeys(strategies)), tuple(dict.fromkeys(schedules))
     _require_known("policy", (policy,), POLICIES)
     _require_known("strategies", names[0], STRATEGIES)
@@ -216,11 +217,19 @@ def _by_promise(question: Question, candidates: list[Candidate]) -> list[tuple[f
         family.append((bound_us + overhead_us, index, bound_us))
     turns = zip_longest(*(sorted(family) for family in promise.values()))
     ordered = [entry for turn in turns for entry in turn if entry is not None]
-    # The paper's rule comes first: the search then never ends with less.
+    # The paper's rule comes first: the search then never ends with less. One attention call has
+    # the least that the simulator may not know of, so others must win by more than it can tell.
     rule = question.paper_mesh, "torus"
-    ordered.sort(
-        key=lambda entry: (candidates[entry[1]].mesh, candidates[entry[1]].schedule) != rule
-    )
+
+    def place(entry: tuple[float, int, float]) -> int:
+        candidate = candidates[entry[1]]
+        return (
+            0
+            if (candidate.mesh, candidate.schedule) == rule
+            else 2 - (candidate.schedule == "fused")
+        )
+
+    ordered.sort(key=place)
     return [(bound_us, candidates[index]) for _, index, bound_us in ordered]
 
 

@@ -14,7 +14,8 @@ from swiftfusion_xdit.topology import Topology
 
 STRATEGIES = ("usp", "tas", "torus")
 SCHEDULES = ("torus", "folded", "pipelined")
-KNOWN_SCHEDULES = (*SCHEDULES, "fused")  # which not every attention kernel can do
+KNOWN_SCHEDULES = (*SCHEDULES, "fused")
+FUSED_GPUS = ("h100", "h200")  # whose attention kernel can wait for its peers
 PIPELINED_GROUPS = (1, 2, 3, 4, 6)
 EDGED_GROUPS = (3, 4)  # with few heads in the first and the last
 EDGE_HEADS = (1, 2, 3)
@@ -160,6 +161,12 @@ def schedules_on(
         for groups, edge in itertools.product(EDGED_GROUPS, EDGE_HEADS):
             if edge * groups <= heads:
                 yield Candidate(strategy, mesh, name, groups, edge)
+
+
+def schedules_of(cluster: Cluster) -> tuple[str, ...]:
+    """What `torus` can run on a cluster with the best attention kernel of its GPUs."""
+    can_fuse = cluster.num_machines == 1 and cluster.gpu.name in FUSED_GPUS
+    return KNOWN_SCHEDULES if can_fuse else SCHEDULES
 
 
 def fits(cluster: Cluster, shape: LayerShape) -> None:

@@ -21,15 +21,18 @@ from swiftfusion_xdit.schedule.steps import Program
 MOST_GROUPS = 4
 
 
-def fused_groups(num_heads: int, num_kv_heads: int, *, heads_at_once: float = 0) -> tuple[int, int]:
+def fused_groups(
+    num_heads: int, num_kv_heads: int, *, wanted: int = 0, heads_at_once: float = 0
+) -> tuple[int, int]:
     """(head groups, heads of the first and the last, see ``mesh.head_group_sizes``).
 
     Args:
+        wanted: how many groups, if there are as many heads; 0 leaves it open.
         heads_at_once: whose tiles a GPU takes up together; 0 if unknown.
     """
-    groups = min(MOST_GROUPS, num_kv_heads)
+    groups = min(wanted or MOST_GROUPS, num_kv_heads)
     if num_kv_heads == num_heads:
-        return groups, math.ceil(heads_at_once / 4)
+        return groups, 0 if wanted else math.ceil(heads_at_once / 4)
     # Query heads that share keys stay together.
     return max(n for n in range(1, groups + 1) if num_kv_heads % n == 0), 0
 
