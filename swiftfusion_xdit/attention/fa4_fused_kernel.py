@@ -54,6 +54,7 @@ _LOAD_PARAMETERS = (
 _LOAD_KV_PARAMETERS = (
     "self tma_load_fn paged_kv_manager sX block pipeline_kv producer_state K_or_V page_idx"
 )
+_CLASSES = ("TileScheduler", "SharedStorage")  # which the compiler takes one by one
 _UNUSED = (None,) * 9  # variable lengths, pages, windows, sinks, sparsity
 _body = cute.jit(FlashAttentionForwardSm90.kernel.__wrapped__)
 
@@ -157,93 +158,19 @@ class FusedForwardSm90(FlashAttentionForwardSm90):
             given[name] = cute.make_tensor(
                 mX.iterator, cute.make_layout((told["num_keys"], *mX.shape[1:]), stride=mX.stride)
             )
-        return self.fused_kernel(*given.values(), *second)
+        classes = [given.pop(name) for name in _CLASSES]
+        return self.fused_kernel(tuple(given.values()), tuple(second), *classes)
 
     @cute.kernel
     def fused_kernel(
-        self,
-        mQ,
-        mK,
-        mV,
-        mO,
-        mLSE,
-        mCuSeqlensQ,
-        mCuSeqlensK,
-        mSeqUsedQ,
-        mSeqUsedK,
-        mPageTable,
-        tma_atom_Q,
-        tma_atom_K,
-        tma_atom_V,
-        tma_atom_O,
-        softmax_scale_log2,
-        softmax_scale,
-        window_size_left,
-        window_size_right,
-        learnable_sink,
-        blocksparse_tensors,
-        sQ_layout,
-        sK_layout,
-        sV_layout,
-        sO_layout,
-        sP_layout,
-        gmem_tiled_copy_Q,
-        gmem_tiled_copy_K,
-        gmem_tiled_copy_V,
-        gmem_tiled_copy_O,
-        tiled_mma_qk,
-        tiled_mma_pv,
-        tile_sched_params,
-        TileScheduler: cutlass.Constexpr,
-        SharedStorage: cutlass.Constexpr,
-        aux_data: AuxData,
-        fastdiv_mods,
-        remote_atom_K,
-        remote_K,
-        remote_atom_V,
-        remote_V,
+        self, given, second, TileScheduler: cutlass.Constexpr, SharedStorage: cutlass.Constexpr
     ):
-        self.told = dict(zip(SCALARS, aux_data.scalars, strict=True))
-        self.remote = {"K": (remote_atom_K, remote_K), "V": (remote_atom_V, remote_V)}
-        _body(
-            self,
-            mQ,
-            mK,
-            mV,
-            mO,
-            mLSE,
-            mCuSeqlensQ,
-            mCuSeqlensK,
-            mSeqUsedQ,
-            mSeqUsedK,
-            mPageTable,
-            tma_atom_Q,
-            tma_atom_K,
-            tma_atom_V,
-            tma_atom_O,
-            softmax_scale_log2,
-            softmax_scale,
-            window_size_left,
-            window_size_right,
-            learnable_sink,
-            blocksparse_tensors,
-            sQ_layout,
-            sK_layout,
-            sV_layout,
-            sO_layout,
-            sP_layout,
-            gmem_tiled_copy_Q,
-            gmem_tiled_copy_K,
-            gmem_tiled_copy_V,
-            gmem_tiled_copy_O,
-            tiled_mma_qk,
-            tiled_mma_pv,
-            tile_sched_params,
-            TileScheduler,
-            SharedStorage,
-            aux_data,
-            fastdiv_mods,
-        )
+        names = [name for name in _KERNEL_PARAMETERS.split()[1:] if name not in _CLASSES]
+        arguments = dict(zip(names, given, strict=True))
+        arguments |= dict(zip(_CLASSES, (TileScheduler, SharedStorage), strict=True))
+        self.told = dict(zip(SCALARS, arguments["aux_data"].scalars, strict=True))
+        self.remote = {"K": second[:2], "V": second[2:]}
+        _body(self, **arguments)
 
     def load(self, *args: Any) -> None:
         """As the package's; a block of threads has one tile, so its remote operands are known."""
