@@ -146,18 +146,24 @@ def without_communication(kernel: str, ranks: int) -> Callable[..., Tensor]:
     return dispatch
 
 
+@functools.cache
+def _class_of(kind: type, name: str) -> type:
+    forward: Any = kind.forward
+    code = forward.__code__.replace(co_name=name)
+    own = FunctionType(code, forward.__globals__, name, forward.__defaults__, forward.__closure__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return type(kind.__name__, (kind,), {"forward": own})
+
+
 def view_of(module: Any, name: str) -> Any:
     """The same module with the same weights, whose forward is compiled apart from all others'.
 
     torch.compile keeps what it compiled with a function's code object, and whether its guards tell
-    strategies apart is not for a benchmark to rely on.
+    strategies apart is not for a benchmark to rely on. Modules of one class share it under a name,
+    as they do without it: blocks are compiled once for all.
     """
-    forward = type(module).forward
-    code = forward.__code__.replace(co_name=name)
-    own = FunctionType(code, forward.__globals__, name, forward.__defaults__, forward.__closure__)
-    own.__kwdefaults__ = forward.__kwdefaults__
     view = copy.copy(module)
-    view.__class__ = type(type(module).__name__, (type(module),), {"forward": own})
+    view.__class__ = _class_of(type(module), name)
     for key, value in vars(view).items():
         if isinstance(value, dict):  # of submodules, hooks and so on: they are the view's own
             vars(view)[key] = value.copy()
