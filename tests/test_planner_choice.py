@@ -7,7 +7,7 @@ import pytest
 from swiftfusion_xdit.clusters import preset
 from swiftfusion_xdit.mesh import Mesh, paper_mesh
 from swiftfusion_xdit.plan import Plan
-from swiftfusion_xdit.planner import WORTHWHILE, Choice, layer_shape, plan
+from swiftfusion_xdit.planner import SIMULATED_WITHIN, WORTHWHILE, Choice, layer_shape, plan
 from swiftfusion_xdit.planner.bounds import even_shape, lower_bound_us
 from swiftfusion_xdit.planner.candidates import Candidate
 from swiftfusion_xdit.planner.memory import attention_shape
@@ -38,8 +38,10 @@ def test_quick_search_is_within_what_is_worthwhile_of_the_best(case: tuple) -> N
     cluster, shape = make(*case)
     quick, full = plan(cluster, shape), plan(cluster, shape, effort=None)
     best_us = min(p.layer_us for _, p in predictions(full))
-    assert full.prediction.layer_us <= best_us * 1.001, case
-    assert quick.prediction.layer_us <= best_us / (1 - WORTHWHILE), (case, quick.describe())
+    margin = 1 + (SIMULATED_WITHIN if full.schedule == "fused" else 0.001)
+    assert full.prediction.layer_us <= best_us * margin, case
+    margin = max(margin, 1 / (1 - WORTHWHILE))
+    assert quick.prediction.layer_us <= best_us * margin, (case, quick.describe())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -173,3 +175,14 @@ def test_tiny_layers_have_a_plan(rows: int, machines: int) -> None:
 def test_a_runtime_shape_is_planned_as_it_is() -> None:
     _, shape = make(*CASES[3])
     assert layer_shape(attention_shape(shape)) == shape
+
+
+def test_one_attention_call_wins_what_the_simulator_cannot_tell() -> None:
+    choice = plan(*make("h200-2", 1, 2, 4608, 24, 128), effort=None)
+    assert choice.schedule == "fused"
+    faster = [other for other in choice.others if "faster, less than" in other.reason]
+    assert faster, "another schedule is simulated to be a little faster here"
+    for other in faster:
+        assert other.prediction is not None
+        least_us = choice.prediction.layer_us / (1 + SIMULATED_WITHIN)
+        assert least_us <= other.prediction.layer_us < choice.prediction.layer_us

@@ -107,6 +107,13 @@ def simulate(args: argparse.Namespace) -> list[reports.Table]:
     mesh = Mesh.parse(args.mesh) if args.mesh else None
     baseline = usp_mesh(cluster.topology, model.num_heads)
     found = [_best(args, cluster, model, sequence, "usp", baseline)]
+    if args.strategy == "torus" and args.schedule == "fused":
+        mesh = mesh or Mesh(ring=cluster.num_ranks)
+        if mesh.num_head_groups > 1 or cluster.num_machines > 1:
+            raise ValueError(
+                "--schedule fused needs one machine and a mesh with torus=1 and ulysses=1, got "
+                f"{cluster.num_machines} machines and {mesh}"
+            )
     if (args.strategy, mesh) != ("usp", None):
         mesh = mesh or STRATEGIES[args.strategy](cluster.topology, model.num_heads)
         found.append(_best(args, cluster, model, sequence, args.strategy, mesh))

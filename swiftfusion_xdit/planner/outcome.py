@@ -96,6 +96,8 @@ def ranked(predicted: list[Outcome], paper: Mesh) -> list[Outcome]:
 def slower(outcome: Outcome, best: Prediction) -> str:
     found = outcome.prediction
     assert found is not None
+    if found.layer_us < best.layer_us * (1 - SAME_TIME):
+        return f"{1 - found.layer_us / best.layer_us:.1%} faster, less than the simulator can tell"
     if found.layer_us <= best.layer_us * (1 + SAME_TIME):
         return "as fast"
     ratio = found.layer_us / max(best.layer_us, 1e-3) - 1

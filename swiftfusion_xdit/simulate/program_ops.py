@@ -4,7 +4,7 @@ An operation follows the one before it on its stream, the steps of other streams
 blocks (`schedule/hazards.py`), and what flags order: a Wait the put that fills its slot, a put the
 Release that emptied its slot two layers before. One-sided puts run on the stream that they are on.
 Two-sided ones go to a stream of their own in batches, which both ends enter together, one after
-another. A fused call is a piece for each chunk of its keys, which follows the waits for that chunk.
+another. Fused calls are one launch (`simulate/fused_ops.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from swiftfusion_xdit.schedule.steps import (
 )
 from swiftfusion_xdit.simulate.batches import add_batches
 from swiftfusion_xdit.simulate.engine import Op, OpGraph
+from swiftfusion_xdit.simulate.fused_ops import FusedLaunch
 from swiftfusion_xdit.simulate.setting import Layer, Setting
 from swiftfusion_xdit.topology import Link as LinkClass
 
@@ -72,7 +73,7 @@ class GraphBuilder:
         last: dict[str, Op] = {}
         ops: list[Op] = []
         partials: dict[tuple[int, int], int] = {}
-        arriving: dict[Block, tuple[Step, Op]] = {}  # waits of the next fused call
+        launch = FusedLaunch(program, self.setting)
         two_sided = self.setting.inside.two_sided or self.setting.across.two_sided
         for step, needed in zip(program.steps, dependencies(program), strict=True):
             if two_sided and step.stream == "compute2":  # they run on the caller's stream alone
@@ -81,12 +82,12 @@ class GraphBuilder:
             if isinstance(step, Put):
                 op = self._put(program, step, layer, after)
             elif isinstance(step, Wait) and step.block in program.awaited_in_kernels:
-                op = Op(program.rank, step.stream, str(step))
-                arriving[step.block] = (step, op)
+                op = self.graph.add(launch.wait(step), [begin])
+                self._note_flags(program, step, op, layer)
                 ops.append(op)
-                continue
+                continue  # its stream does not wait
             elif isinstance(step, Attend) and step.fused:
-                op = self._fused(program, step, layer, after, arriving)
+                op = launch.add(self.graph, step, after)
             else:
                 op = self._local(program, step, partials)
                 self.graph.add(op, after)
@@ -105,38 +106,6 @@ class GraphBuilder:
                 self.graph.order(flow, layer.releases[src, block])
         for end in layer.ends.values():
             self._barrier(end)
-
-    def _fused(
-        self,
-        program: Program,
-        step: Attend,
-        layer: Layer,
-        after: list[Op],
-        arriving: dict[Block, tuple[Step, Op]],
-    ) -> Op:
-        """A piece for each chunk of keys, the last first: its part of one launch of all calls."""
-        sizes, costs = self.setting.sizes, self.setting.costs
-        calls = [sizes.num_heads("q", call.heads) for call in program.fused_calls]
-        launch_us = costs.attend_us(
-            query_rows=sizes.rows("q", step.queries),
-            key_rows=sizes.rows("k", step.keys),
-            num_heads=sum(calls),
-            head_dim=sizes.shape.head_dim,
-            batch=sizes.shape.batch,
-        )
-        call_us = launch_us * sizes.num_heads("q", step.heads) / sum(calls)
-        for chunk in reversed(step.keys):
-            for block in (Block("k", chunk, step.heads), Block("v", chunk, step.heads)):
-                waited = arriving.pop(block, None)
-                if waited is not None:
-                    wait, op = waited
-                    after = [self.graph.add(op, after)]
-                    self._note_flags(program, wait, op, layer)
-            piece = Op(program.rank, step.stream, f"{step.stage}: attend kv[{chunk}] as it arrives")
-            share = sizes.rows("k", (chunk,)) / sizes.rows("k", step.keys)
-            piece.attend_us = call_us * share
-            after = [self.graph.add(piece, after)]
-        return piece
 
     def _local(self, program: Program, step: Step, partials: dict[tuple[int, int], int]) -> Op:
         sizes, costs = self.setting.sizes, self.setting.costs
