@@ -31,8 +31,15 @@ WIDTH = 150  # of tables that are written to a file or a pipe
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench` to the command line."""
-    bench = subparsers.add_parser("bench", help="measure attention layers on this machine")
-    parser = bench.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser(
+    bench = subparsers.add_parser("bench", help="measure attention layers, and show what was found")
+    kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    pages = kinds.add_parser("report", help="a page and pictures from files of results")
+    pages.add_argument("results", type=Path, metavar="RESULTS", help="a folder of --json files")
+    pages.add_argument(
+        "--output", type=Path, required=True, help="folder for pictures; the page is OUTPUT.md"
+    )
+    pages.set_defaults(run=run_report)
+    parser = kinds.add_parser(
         "layer",
         help="one attention layer: ours, xDiT's and the kernel alone",
         description=__doc__,
@@ -60,6 +67,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--timeout", type=float, default=600.0, help="seconds for the whole run (600)")
     add("--json", type=Path, metavar="FILE", help="write the results here too, after each shape")
     parser.set_defaults(run=run)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write the page. 0: done; 2: bad arguments."""
+    from swiftfusion_xdit.cli import performance
+
+    try:
+        for path in performance.write(args.results, args.output):
+            print(path)
+    except (ValueError, ImportError) as error:
+        console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        console.print(f"swiftfusion bench report: error: {error}", style="red")
+        return 2
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:

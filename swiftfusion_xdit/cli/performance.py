@@ -1,0 +1,250 @@
+"""`swiftfusion bench report`: pages and pictures from the files that benchmarks left.
+
+Reads what `bench layer --json` and `benchmarks/flux_step.py --json` wrote. Each file becomes a
+section with its hardware, versions and command, a table and a bar chart. What is slower is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#9a9a9a", "#e08e2b", "#2b7bba", "#3a9d5d")
+TEXT_COLUMNS = 3  # of every table; numbers follow
+VERSIONS = ("torch", "cuda", "xfuser", "flash-attn-4", "nccl")
+HEAD = "<!-- written by `swiftfusion bench report`; edits are lost -->"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One measured time: median and quartiles, in the unit of its chart."""
+
+    group: str
+    label: str
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one file says."""
+
+    name: str
+    title: str
+    text: str
+    heading: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    unit: str
+    bars: tuple[Bar, ...]
+    line: float | None = None  # where nothing is left to gain
+
+    def markdown(self, picture: str) -> str:
+        """The section of a page that lies beside the folder with the picture."""
+        aligned = [":--" if i < TEXT_COLUMNS else "--:" for i in range(len(self.heading))]
+        table = "\n".join(
+            f"| {' | '.join(cells)} |" for cells in (self.heading, tuple(aligned), *self.rows)
+        )
+        return f"## {self.title}\n\n![{self.title}]({picture})\n\n{table}\n\n{self.text}\n"
+
+
+def read(directory: Path) -> list[Section]:
+    """A section for each file of results that can be drawn, by file name.
+
+    Raises:
+        ValueError: the directory holds none.
+    """
+    sections = []
+    for path in sorted(directory.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        kind = report.get("benchmark") if isinstance(report, dict) else None
+        make = _SECTIONS.get(str(kind))
+        if make is not None and report["settings"]["device"] == "cuda":
+            sections.append(make(path.stem, report))
+    if not sections:
+        raise ValueError(f"RESULTS must hold files of bench layer or flux_step, got {directory}")
+    return sections
+
+
+def page(sections: Iterable[Section], folder: str) -> str:
+    """The whole page; pictures lie in ``folder``, seen from the page."""
+    parts = [section.markdown(f"{folder}/{section.name}.png") for section in sections]
+    return f"{HEAD}\n\n# Performance\n\n" + "\n".join(parts)
+
+
+def layer_section(name: str, report: dict[str, Any]) -> Section:
+    """`bench layer`: times over the floor of each shape."""
+    settings = report["settings"]
+    rows: list[tuple[str, ...]] = []
+    bars: list[Bar] = []
+    for found in report["shapes"]:
+        shape = found["shape"]["name"]
+        floor_ms = min(
+            case[mode]["median"]
+            for case in found["cases"]
+            for mode in ("eager", "graph")
+            if case["kind"] == "floor" and case[mode]
+        )
+        for label, wanted in _LAYER_CASES.items():
+            fits = [
+                (case, mode)
+                for case in found["cases"]
+                for mode in ("eager", "graph")
+                if case[mode] and not case["failure"] and wanted(case, mode)
+            ]
+            if not fits:
+                continue
+            case, mode = min(fits, key=lambda fit: fit[0][fit[1]]["median"])
+            ratio, times = case[f"{mode}_of_floor"], case[mode]
+            what = case["name"] if "xDiT" in label else _schedule_of(case)
+            exposed_ms = times["median"] - floor_ms
+            cells = (f"{times['median']:.3f}", f"{ratio:.2f}", f"{exposed_ms:.3f}")
+            rows.append((shape, label, what, *cells))
+            quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
+            bars.append(Bar(shape, label, *quartiles))
+    transport = "" if settings["transport"] == "auto" else f", {settings['transport']}"
+    return Section(
+        name=name,
+        title=f"One attention layer on {_gpus(report)}{transport}",
+        text=f"The floor is {_lower(report['method']['floor'])} Exposed: what a layer takes beyond "
+        f"the floor. {_origin(name, report)}",
+        heading=("shape", "way", "which", "ms", "/ floor", "exposed ms"),
+        rows=tuple(rows),
+        unit="time over the local kernel alone",
+        bars=tuple(bars),
+        line=1.0,
+    )
+
+
+_LAYER_CASES: dict[str, Callable[[dict[str, Any], str], bool]] = {
+    "xDiT's best": lambda case, mode: case["kind"] == "usp",
+    "torus, eager": lambda case, mode: (case["schedule"], mode) == ("auto", "eager"),
+    "torus, CUDA graph": lambda case, mode: (case["schedule"], mode) == ("auto", "graph"),
+    "torus, best schedule": lambda case, mode: case["kind"] == "torus",
+}
+
+
+def _schedule_of(case: dict[str, Any]) -> str:
+    schedule = case["plan"].split("schedule ")[1].split(",")[0]
+    return f"{schedule}, {case['backend']}"
+
+
+def step_section(name: str, report: dict[str, Any]) -> Section:
+    """`flux_step`: milliseconds of a denoising step of each size."""
+    rows: list[tuple[str, ...]] = []
+    bars: list[Bar] = []
+    for found in report["sizes"]:
+        for label, wanted in _STEP_CASES.items():
+            fits = [r for r in found["results"] if r["ms"] and wanted(r)]
+            if not fits:
+                continue
+            best = min(fits, key=lambda result: result["ms"]["median"])
+            times, over = best["ms"], best.get("best_stock_over")
+            size = f"{found['size']}{', compiled' if best['compiled'] else ''}"
+            gain = "" if over is None else f"{over['median']:.2f}"
+            memory = f"{best['peak_gib']:.2f}"
+            rows.append((size, label, best["name"], f"{times['median']:.1f}", gain, memory))
+            bars.append(Bar(size, label, *(times[key] for key in ("q1", "median", "q3"))))
+    return Section(
+        name=name,
+        title=f"One step of FLUX.1's transformer on {_gpus(report)}",
+        text=f"Speedup: {_lower(report['method']['best stock /'])} {_origin(name, report)}",
+        heading=("pixels", "way", "which", "ms", "speedup", "peak GiB"),
+        rows=tuple(rows),
+        unit="ms a step",
+        bars=tuple(bars),
+    )
+
+
+def _is_step(kind: str, compiled: bool, result: dict[str, Any]) -> bool:
+    return (result["kind"], result["compiled"]) == (kind, compiled)
+
+
+_STEP_CASES: dict[str, Callable[[dict[str, Any]], bool]] = {
+    f"{label}{', compiled' if compiled else ''}": partial(_is_step, kind, compiled)
+    for compiled in (False, True)
+    for kind, label in (
+        ("stock", "xDiT's best"),
+        ("ours", "torus"),
+        ("ceiling", "without communication"),
+    )
+}
+_SECTIONS = {"layer": layer_section, "flux_step": step_section}
+
+
+def _gpus(report: dict[str, Any]) -> str:
+    names = [gpu["name"] for gpu in report["hardware"]["gpus"]]
+    links = ", ".join(report["hardware"].get("gpu_links", ()))
+    return f"{len(names)} x {names[0]}" + (f" ({links})" if links else "")
+
+
+def _origin(name: str, report: dict[str, Any]) -> str:
+    versions = report["versions"]
+    known = ", ".join(f"{each} {versions[each]}" for each in VERSIONS if each in versions)
+    return f"`{name}.json` of {report['date'][:10]}; {known}. Made with\n\n    {report['command']}"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def draw(section: Section, path: Path) -> None:
+    """Write a section's bars as a PNG, whiskers from quartile to quartile.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing results needs matplotlib: pip install 'swiftfusion-xdit[plots]'"
+        ) from error
+    groups = list(dict.fromkeys(bar.group for bar in section.bars))
+    labels = list(dict.fromkeys(bar.label for bar in section.bars))
+    figure = Figure(figsize=(max(6.5, 1.6 * len(groups)), 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.8 / len(labels)
+    for number, label in enumerate(labels):
+        bars = [bar for bar in section.bars if bar.label == label]
+        places = [groups.index(bar.group) + (number + 0.5) * width - 0.4 for bar in bars]
+        medians = [bar.median for bar in bars]
+        below = [bar.median - bar.low for bar in bars]
+        above = [bar.high - bar.median for bar in bars]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.bar(places, medians, width, yerr=(below, above), color=colour, label=label, capsize=2)
+        for place, bar in zip(places, bars, strict=True):
+            text = f"{bar.median:.2f}" if section.line else f"{bar.median:.0f}"
+            axes.annotate(
+                text, (place, bar.high), (0, 2), textcoords="offset points", ha="center", size=6
+            )
+    if section.line is not None:
+        axes.axhline(section.line, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel(section.unit)
+    axes.set_title(section.title, size=9)
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def write(results: Path, output: Path) -> list[Path]:
+    """Write the page ``output`` with .md behind it, and its pictures into ``output``.
+
+    Raises:
+        ValueError, ImportError: see ``read`` and ``draw``.
+    """
+    sections = read(results)
+    pictures = [output / f"{section.name}.png" for section in sections]
+    for section, picture in zip(sections, pictures, strict=True):
+        draw(section, picture)
+    written = output.with_name(f"{output.name}.md")
+    written.write_text(page(sections, output.name), encoding="utf-8")
+    return [written, *pictures]

@@ -1,0 +1,105 @@
+"""`swiftfusion bench report`: what it makes of files of results, and that the page is current."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftfusion_xdit.cli import performance
+from swiftfusion_xdit.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    command = "swiftfusion bench report benchmarks/results --output docs/performance"
+    sections = performance.read(RESULTS)
+    assert PAGE.read_text(encoding="utf-8") == performance.page(sections, "performance"), command
+    for section in sections:
+        assert (PAGE.with_suffix("") / f"{section.name}.png").exists(), command
+
+
+def quartiles(median: float) -> dict[str, float]:
+    return {"q1": median - 0.1, "median": median, "q3": median + 0.2}
+
+
+def layer_case(kind: str, name: str, eager: float, graph: float | None, **more: Any) -> dict:
+    case = {
+        "kind": kind,
+        "name": name,
+        "backend": "fa4",
+        "schedule": None,
+        "plan": None,
+        "failure": None,
+        "eager": quartiles(eager),
+        "graph": None if graph is None else quartiles(graph),
+        "eager_of_floor": eager / 2,
+        "graph_of_floor": None if graph is None else graph / 2,
+    }
+    return case | more
+
+
+def layer_report() -> dict[str, Any]:
+    """A floor of 2 ms; xDiT's two ways; ours as planned, and a better schedule."""
+    plan = "strategy torus, 1 machines, mesh ring=2, schedule {}, 5 bytes of symmetric memory"
+    cases = [
+        layer_case("floor", "floor: fa4 alone", 2.2, 2.0),
+        layer_case("usp", "xDiT usp u2 r1 FLASH_4", 5.0, None),
+        layer_case("usp", "xDiT usp u1 r2 FLASH_4", 4.0, None),
+        layer_case("torus", "torus/auto fa4", 3.0, 2.5, schedule="auto", plan=plan.format("torus")),
+        layer_case("torus", "torus/fused fa4", 2.8, 2.4, plan=plan.format("fused")),
+        layer_case("torus", "torus/folded fa4", 1.0, 1.0, failure="wrong", plan=plan),
+    ]
+    return {
+        "benchmark": "layer",
+        "command": "swiftfusion bench layer",
+        "date": "2026-01-02T03:04:05+00:00",
+        "settings": {"device": "cuda", "transport": "nvshmem"},
+        "method": {"floor": "The kernel alone."},
+        "hardware": {"gpus": [{"name": "GPU"}] * 2, "gpu_links": ["NV18"]},
+        "versions": {"torch": "2", "linux": "6"},
+        "shapes": [{"shape": {"name": "flux1024"}, "cases": cases}],
+    }
+
+
+def test_a_layer_shows_each_side_at_its_best_and_what_failed_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "layer.json").write_text(json.dumps(layer_report()))
+    (tmp_path / "other.json").write_text("{}")
+    (section,) = performance.read(tmp_path)
+    assert section.rows == (
+        ("flux1024", "xDiT's best", "xDiT usp u1 r2 FLASH_4", "4.000", "2.00", "2.000"),
+        ("flux1024", "torus, eager", "torus, fa4", "3.000", "1.50", "1.000"),
+        ("flux1024", "torus, CUDA graph", "torus, fa4", "2.500", "1.25", "0.500"),
+        ("flux1024", "torus, best schedule", "fused, fa4", "2.400", "1.20", "0.400"),
+    )
+    assert section.title == "One attention layer on 2 x GPU (NV18), nvshmem"
+    assert [round(bar.median, 2) for bar in section.bars] == [2.0, 1.5, 1.25, 1.2]
+    assert "torch 2. Made with\n\n    swiftfusion bench layer" in section.text
+
+
+def test_the_command_writes_a_page_and_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "layer.json").write_text(json.dumps(layer_report()))
+    output = tmp_path / "docs" / "speed"
+    assert main(["bench", "report", str(tmp_path), "--output", str(output)]) == 0
+    page, picture = output.with_name("speed.md"), output / "layer.png"
+    assert capsys.readouterr().out.split() == [str(page), str(picture)]
+    assert "](speed/layer.png)" in page.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_results_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "report", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert f"RESULTS must hold files of bench layer or flux_step, got {tmp_path}" in (
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
