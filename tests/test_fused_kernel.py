@@ -20,19 +20,28 @@ from swiftfusion_xdit.attention import fa4_fused
 from swiftfusion_xdit.plan import FUSED_TILE_ROWS
 
 bf16, fp16 = torch.bfloat16, torch.float16
-for head_dim, shared_by, dtype in (
-    (128, 1, bf16), (64, 1, fp16), (128, 4, bf16), (64, 3, bf16)
-):
-    assert fa4_fused.not_fused_because(head_dim, FUSED_TILE_ROWS) == ""
-    module, _ = fa4_fused._extension()
-    with FakeTensorMode():
-        q, k = (
-            torch.empty(2, 300, heads, head_dim, dtype=dtype, device="cuda")
-            for heads in (12, 12 // shared_by)
-        )
-        assert module.compile_kernel(q, k, k, q) is not None
-assert "has head dims" in fa4_fused.not_fused_because(96, FUSED_TILE_ROWS)
-assert "loads 128 keys, not 64" in fa4_fused.not_fused_because(128, 64)
+
+
+def refusal(dtype, head_dim, shared_by, tile_rows=FUSED_TILE_ROWS):
+    kind = {"dtype": dtype, "head_dim": head_dim, "shared_by": shared_by}
+    return launches.not_fused_because(**kind, tile_rows=tile_rows)
+
+
+with FakeTensorMode():
+    launches = fa4_fused.FusedLaunches(torch.device("cuda"))
+    for dtype, head_dim, shared_by in (
+        (bf16, 128, 1), (fp16, 64, 1), (bf16, 128, 4), (bf16, 64, 3)
+    ):
+        assert refusal(dtype, head_dim, shared_by) == ""
+        assert callable(launches._compiled[dtype, head_dim, shared_by])
+    assert "has head dims" in refusal(bf16, 96, 1)
+    assert "loads 128 keys, not 64" in refusal(bf16, 128, 1, tile_rows=64)
+
+    def broken(*tensors):
+        raise TypeError("another package\\nat length")
+
+    fa4_fused._extension()[0].compile_kernel = broken
+    assert refusal(bf16, 128, 2) == "not compiled: TypeError: another package"
 print("compiled")
 """
 

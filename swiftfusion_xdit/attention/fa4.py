@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .fa4_fused import FusedLaunches, not_fused_because
+from .fa4_fused import FusedLaunches
 from .fa4_launch import Launches
 from .fused import RemoteKeys
 from .gpu import GpuBackend, broken_package, is_readable, load_module, readable
@@ -55,7 +55,7 @@ class Fa4Backend(GpuBackend):
             wanted = f"_flash_attn_fwd({', '.join(sorted(_PARAMETERS))})"
             raise broken_package(f"{_MODULE} has no {wanted}", **package)
         self._launches = Launches(self._kernel)
-        self._fused_launches = FusedLaunches()
+        self._fused_launches = FusedLaunches(device)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None
@@ -76,7 +76,9 @@ class Fa4Backend(GpuBackend):
             return f"the kernel that waits for peers runs on Hopper, not on {self.capability}"
         if dtype not in self.dtypes:
             return f"backend {self.name!r} does not attend in {dtype}"
-        return not_fused_because(head_dim, tile_rows)
+        return self._fused_launches.not_fused_because(
+            dtype=dtype, head_dim=head_dim, shared_by=shared_by, tile_rows=tile_rows
+        )
 
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, remote: RemoteKeys

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 TESTED_VERSIONS = ("4.0.0b36",)
 HEAD_DIMS = (64, 128)
+Kind = tuple[torch.dtype, int, int]
 
 
 @lru_cache(maxsize=1)
@@ -44,32 +45,56 @@ def _extension() -> tuple[ModuleType | None, str]:
     return fa4_fused_kernel, ""
 
 
-def not_fused_because(head_dim: int, tile_rows: int) -> str:
-    """Why the kernel does not serve a head dim with tiles of so many keys, or nothing."""
-    if head_dim not in HEAD_DIMS:
-        return f"the kernel that waits for peers has head dims {HEAD_DIMS}, got {head_dim}"
-    module, reason = _extension()
-    if module is None:
-        return reason
-    tile_n = module.tile_of(head_dim).n_block_size
-    return "" if tile_n == tile_rows else f"flash-attn-4 loads {tile_n} keys, not {tile_rows}"
-
-
 class FusedLaunches:
-    """The compiled kernels of one device."""
+    """The compiled kernels of one device, by dtype, head dim and query heads of each kv head."""
 
-    def __init__(self) -> None:
-        self._compiled: dict[tuple[torch.dtype, int, int], Callable[..., Any]] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._compiled: dict[Kind, Callable[..., Any] | str] = {}
+
+    def not_fused_because(
+        self, *, dtype: torch.dtype, head_dim: int, shared_by: int, tile_rows: int
+    ) -> str:
+        """Why the kernel does not serve such inputs with tiles of so many keys, or nothing.
+
+        Compiles it, the first time: what a beta package makes of an extension is known then.
+        """
+        if head_dim not in HEAD_DIMS:
+            return f"the kernel that waits for peers has head dims {HEAD_DIMS}, got {head_dim}"
+        module, reason = _extension()
+        if module is None:
+            return reason
+        tile_n = module.tile_of(head_dim).n_block_size
+        if tile_n != tile_rows:
+            return f"flash-attn-4 loads {tile_n} keys, not {tile_rows}"
+        kernel = self._kernel((dtype, head_dim, shared_by))
+        return kernel if isinstance(kernel, str) else ""
+
+    def _kernel(self, kind: Kind) -> Callable[..., Any] | str:
+        """The kernel, or why it cannot be compiled."""
+        if kind not in self._compiled:
+            module, _ = _extension()
+            assert module is not None
+            dtype, head_dim, shared_by = kind
+            # Any sizes do; those of 1 would be taken for constants.
+            q, k = (
+                torch.empty(2, 256, heads, head_dim, dtype=dtype, device=self._device)
+                for heads in (2 * shared_by, 2)
+            )
+            try:
+                self._compiled[kind] = module.compile_kernel(q, k, k, q)
+            except Exception as error:
+                logger.warning("the fused kernel was not compiled", exc_info=True)
+                lines = str(error).splitlines() or [""]
+                self._compiled[kind] = f"not compiled: {type(error).__name__}: {lines[0]}"
+        return self._compiled[kind]
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, remote: RemoteKeys
     ) -> None:
         """Attention of q ``[B, S_q, H, D]`` with k, v ``[B, S_kv, H_kv, D]`` and remote ones."""
         module, _ = _extension()
-        assert module is not None
+        kernel = self._kernel((q.dtype, q.shape[3], q.shape[2] // k.shape[2]))
+        assert module is not None and callable(kernel), kernel
         q, k, v = (x.detach() for x in (q, k, v))
-        key = (q.dtype, q.shape[3], q.shape[2] // k.shape[2])
-        kernel = self._compiled.get(key)
-        if kernel is None:
-            kernel = self._compiled[key] = module.compile_kernel(q, k, v, out)
         kernel(*module.arguments(q, k, v, out, scale, remote))
