@@ -24,6 +24,7 @@ ROWS, BLOCK = 32, 4
 FORCED: tuple[dict[str, str], ...] = (
     {},
     {"sp_mesh": "torus=1,ulysses=4,ring=1"},
+    {"sp_schedule": "fused"},
     {"sp_mesh": "torus=4,ulysses=1,ring=1", "sp_schedule": "pipelined"},
 )
 

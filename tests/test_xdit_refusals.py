@@ -98,8 +98,10 @@ SPLITTING: dict[str, dict[str, str]] = {
     "--sp-mesh torus=2,ulysses=1,ring=2, which splits them: it needs ring=1, got ring=2": {
         "sp_mesh": "torus=2,ulysses=1,ring=2"
     },
-    "--sp-schedule, which must then be auto or pipelined, got torus": {"sp_schedule": "torus"},
-    "which must then be auto or pipelined, got folded": {
+    "--sp-schedule, which must then be auto, pipelined or fused, got torus": {
+        "sp_schedule": "torus"
+    },
+    "which must then be auto, pipelined or fused, got folded": {
         "sp_mesh": "torus=2,ulysses=2,ring=1",
         "sp_schedule": "folded",
     },

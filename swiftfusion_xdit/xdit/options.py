@@ -64,10 +64,10 @@ class Options:
                 f"attention over whole sequences with --sp-mesh {self.mesh}, which splits them: it "
                 f"needs ring=1, got ring={self.mesh.ring}; give another --sp-mesh, or none"
             )
-        if self.schedule not in ("auto", "pipelined"):
+        if self.schedule not in ("auto", "pipelined", "fused"):  # which falls to pipelined
             return (
-                "attention over whole sequences with --sp-schedule, which must then be auto or "
-                f"pipelined, got {self.schedule}"
+                "attention over whole sequences with --sp-schedule, which must then be auto, "
+                f"pipelined or fused, got {self.schedule}"
             )
         return None
 
