@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from swiftfusion_xdit.attention.cpu import CpuBackend
 from swiftfusion_xdit.cli import doctor, doctor_cuda, doctor_host, machine
 from swiftfusion_xdit.cli.findings import Finding, Status
 from swiftfusion_xdit.cli.main import main
@@ -171,6 +172,18 @@ def test_kernels_that_are_not_installed_or_do_not_fit(monkeypatch: pytest.Monkey
     assert found["kernel fa4"].remedy == "pip install flash-attn-4"
     assert found["kernel fa3"].status is Status.UNSUITABLE
     assert found["kernel cudnn"].status is Status.OK
+
+
+def test_fused_says_why_its_layers_are_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a GPU" in only(doctor_cuda.check_fused()).detail
+    backend = CpuBackend(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("swiftfusion_xdit.attention.select_backend", lambda *_: backend)
+    found = only(doctor_cuda.check_fused())
+    assert "'cpu' has no kernel that waits for peers; layers are pipelined instead" in found.detail
+    monkeypatch.setattr(CpuBackend, "not_fused_because", lambda self, **_: "")
+    assert "waits for peers itself" in only(doctor_cuda.check_fused()).detail
 
 
 def test_nvshmem_that_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:

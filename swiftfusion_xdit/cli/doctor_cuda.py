@@ -191,6 +191,26 @@ def check_attention_kernels() -> list[Finding]:
     return findings
 
 
+def check_fused() -> list[Finding]:
+    """Whether schedule fused has a kernel, for bfloat16 and head dim 128; compiles it."""
+    from swiftfusion_xdit.attention import select_backend
+    from swiftfusion_xdit.plan import FUSED_TILE_ROWS
+
+    name = "schedule fused"
+    if not torch.cuda.is_available():
+        return unsuitable(name, NO_GPU)
+    try:
+        backend = select_backend("auto", torch.device("cuda", 0))
+    except (ImportError, NotImplementedError) as error:
+        return unsuitable(name, str(error).splitlines()[0])
+    refusal = backend.not_fused_because(
+        dtype=torch.bfloat16, head_dim=128, shared_by=1, tile_rows=FUSED_TILE_ROWS
+    )
+    if refusal:
+        return unsuitable(name, f"{refusal}; layers are pipelined instead")
+    return ok(name, f"{backend.name}'s kernel waits for peers itself")
+
+
 def check_compiled_part() -> list[Finding]:
     """The library built from csrc/, and the compiler that would build it."""
     from swiftfusion_xdit import native
@@ -215,5 +235,6 @@ CUDA_CHECKS: tuple[Check, ...] = (
     check_nccl,
     check_nvshmem,
     check_attention_kernels,
+    check_fused,
     check_compiled_part,
 )
