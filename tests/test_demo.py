@@ -147,6 +147,8 @@ def test_a_signal_ends_every_process(signum: signal.Signals, tmp_path: Path) -> 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         family: list[psutil.Process] = []
         for _ in range(1200):  # xdit, torchrun, one rank
