@@ -34,7 +34,7 @@ from swiftfusion_xdit.schedule.steps import (
     TensorName,
     Wait,
 )
-from swiftfusion_xdit.simulate.cost import tile_rows
+from swiftfusion_xdit.simulate.cost import tiles_per_head
 from swiftfusion_xdit.topology import Topology
 
 STRATEGIES = ("usp", "tas", "torus")
@@ -338,7 +338,7 @@ def make_plan(
             shape.num_heads,
             shape.num_kv_heads,
             wanted=groups_per_rank,
-            heads_at_once=num_units / tiles_per_head(shape, max(shape.query_lengths)),
+            heads_at_once=num_units / _tiles_per_head(shape, max(shape.query_lengths)),
         )
     choose_mesh = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}[strategy]
     mesh = mesh or choose_mesh(topology, shape.num_heads)
@@ -382,15 +382,15 @@ def pipelined_groups(shape: AttentionShape, mesh: Mesh, num_units: int) -> tuple
     if not num_units:
         return min(PIPELINED_GROUPS, heads_per_rank), 0
     rows = sum(shape.query_lengths) // mesh.ring
-    edge_heads = -(-num_units // tiles_per_head(shape, rows))
+    edge_heads = -(-num_units // _tiles_per_head(shape, rows))
     if heads_per_rank >= 4 * edge_heads:
         return 3, edge_heads
     return min(PIPELINED_GROUPS, heads_per_rank), 0
 
 
-def tiles_per_head(shape: AttentionShape, rows: int) -> int:
-    """Tiles of so many query rows of every sample, for one head."""
-    return max(1, -(-rows // tile_rows(shape.head_dim)) * shape.batch)
+def _tiles_per_head(shape: AttentionShape, rows: int) -> int:
+    tiles = tiles_per_head(query_rows=rows, head_dim=shape.head_dim, batch=shape.batch)
+    return max(1, tiles)
 
 
 def own_rows_in_tile(received: int) -> int:

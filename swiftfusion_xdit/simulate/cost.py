@@ -19,6 +19,11 @@ def tile_rows(head_dim: int) -> int:
     return 192 if head_dim <= 64 else 128
 
 
+def tiles_per_head(*, query_rows: int, head_dim: int, batch: int) -> int:
+    """Tiles that the query rows of every sample are cut into, for one head."""
+    return math.ceil(query_rows / tile_rows(head_dim)) * batch
+
+
 @dataclass(frozen=True)
 class Costs:
     """Durations on ``gpu``.
@@ -51,8 +56,8 @@ class Costs:
 
     def waves(self, *, query_rows: int, num_heads: int, head_dim: int, batch: int = 1) -> float:
         """How often the tiles of an attention call fill all units."""
-        tiles = math.ceil(query_rows / tile_rows(head_dim)) * num_heads * batch
-        return tiles / self.gpu.num_units
+        per_head = tiles_per_head(query_rows=query_rows, head_dim=head_dim, batch=batch)
+        return per_head * num_heads / self.gpu.num_units
 
     def width(self, *, query_rows: int, num_heads: int, head_dim: int, batch: int = 1) -> float:
         """The part of the GPU that another attention call does not get, on average."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from swiftfusion_xdit.schedule.steps import Attend, Block, Program, Wait
-from swiftfusion_xdit.simulate.cost import tile_rows
+from swiftfusion_xdit.simulate.cost import tiles_per_head
 from swiftfusion_xdit.simulate.engine import Op, OpGraph
 from swiftfusion_xdit.simulate.setting import Setting
 
@@ -39,19 +39,13 @@ class FusedLaunch:
         shape, sizes = self._sizes.shape, self._sizes
         heads = [call.heads for call in calls for _ in range(sizes.num_heads("q", call.heads))]
         rows, keys = sizes.rows("q", step.queries), sizes.rows("k", step.keys)
-        total_us = self._costs.attend_us(
-            query_rows=rows,
-            key_rows=keys,
-            num_heads=len(heads),
-            head_dim=shape.head_dim,
-            batch=shape.batch,
-        )
-        num_units = self._costs.gpu.num_units
-        tiles_per_head = max(1, math.ceil(rows / tile_rows(shape.head_dim)) * shape.batch)
-        num_waves = max(1, math.ceil(tiles_per_head * len(heads) / num_units))
+        tiles = {"query_rows": rows, "head_dim": shape.head_dim, "batch": shape.batch}
+        total_us = self._costs.attend_us(**tiles, key_rows=keys, num_heads=len(heads))
+        num_units, per_head = self._costs.gpu.num_units, max(1, tiles_per_head(**tiles))
+        num_waves = max(1, math.ceil(self._costs.waves(**tiles, num_heads=len(heads))))
         for wave in range(min(num_waves, MOST_WAVES)):
-            first = wave * num_units // tiles_per_head
-            stop = math.ceil((wave + 1) * num_units / tiles_per_head)
+            first = wave * num_units // per_head
+            stop = math.ceil((wave + 1) * num_units / per_head)
             part = 1.0
             if wave == MOST_WAVES - 1:
                 stop, part = len(heads), num_waves - wave
