@@ -149,9 +149,13 @@ class Layout:
         groups = self.plan.schedule.groups_per_rank
         first = self.plan.mesh.head_group(rank) * groups
         names: tuple[TensorName, ...] = ("q", "k", "v", "o")
-        held = [(tensor, 0) for tensor in names if tensor in self._whole]
-        for heads in range(first, first + groups):
-            held += [(tensor, heads) for tensor in names if tensor not in self._whole]
+        held = [
+            (tensor, heads)
+            for heads in range(first, first + groups)
+            for tensor in names
+            if tensor not in self._whole
+        ]
+        held += [(tensor, 0) for tensor in names if tensor in self._whole]
         return [(tensor, heads) for tensor, heads in held if self._orders[tensor]]
 
     def array(self, tensor: TensorName, parity: int) -> Region:

@@ -77,7 +77,7 @@ class FusedCall:
         return table
 
     def prepare(self, layer: Layer) -> None:
-        """Run once, off the record, without a wait: compiles the kernel."""
+        """Run once, off the record, without a wait: loads the kernel."""
         self._run(layer, replace(self._remote, begins=torch.zeros_like(self._remote.begins)))
 
     def __call__(self, layer: Layer) -> None:

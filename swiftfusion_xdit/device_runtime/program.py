@@ -224,7 +224,8 @@ class Compiler:
         plan, parity = self.plan, self.parity
         stream, end = STREAMS.index(steps[0].stream), steps[-1]
         if end.block.tensor == "o":
-            self.ops += [f(stream, self._own_flag(end)) for f in (Op.wait, Op.clear)]
+            free = self._own_flag(end)
+            self.ops += [Op.wait(stream, free), Op.clear(stream, free)]
         for step in steps:
             slot = plan.layouts[end.peer].slot(step.block, parity)
             self._copy(stream, self._source(step.block), self._at(end.peer, slot))

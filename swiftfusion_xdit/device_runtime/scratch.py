@@ -61,7 +61,7 @@ def output_shape(plan: Plan, chunks: tuple[int, ...], heads: int) -> tuple[int, 
 def _arrays(plan: Plan, rank: int) -> Iterator[tuple[Key, tuple[int, ...], torch.dtype]]:
     program = plan.schedule.programs[rank]
     for step in program.steps:
-        if isinstance(step, Attend):
+        if isinstance(step, Attend) and not step.fused:  # whose call stores its result alone
             shape = output_shape(plan, step.queries, step.heads)
             yield ("lse", step), (shape[0], shape[2], shape[1]), torch.float32
             if not program.in_place(step):

@@ -239,11 +239,9 @@ def _by_promise(question: Question, candidates: list[Candidate]) -> list[tuple[f
 
     def place(entry: tuple[float, int, float]) -> int:
         candidate = candidates[entry[1]]
-        return (
-            0
-            if (candidate.mesh, candidate.schedule) == rule
-            else 2 - (candidate.schedule == "fused")
-        )
+        if (candidate.mesh, candidate.schedule) == rule:
+            return 0
+        return 1 if candidate.schedule == "fused" else 2
 
     ordered.sort(key=place)
     return [(bound_us, candidates[index]) for _, index, bound_us in ordered]
