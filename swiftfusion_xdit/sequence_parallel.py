@@ -285,13 +285,13 @@ class SequenceParallel:
             mesh = mesh or whole_sequence_mesh(self.topology)
             schedule = "pipelined" if schedule in ("auto", "fused") else schedule
         can_fuse = False
-        if schedule in ("auto", "fused"):
+        if schedule == "fused" or (schedule == "auto" and self.device.type == "cuda"):
             refusal = self._not_fused_because(shape, mesh)
             can_fuse = not refusal
             if refusal and schedule == "fused":
-                schedule = "pipelined"
-                if self._comm.rank == 0:
-                    logger.info("schedule fused: %s; it is pipelined", refusal)
+                schedule, refusal = "pipelined", f"{refusal}; it is pipelined"
+            if refusal and self._comm.rank == 0:
+                logger.info("schedule fused: %s", refusal)
         if schedule == "fused":
             mesh = mesh or Mesh(ring=self._comm.size)
         is_open = (

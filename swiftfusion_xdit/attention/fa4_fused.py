@@ -31,11 +31,12 @@ def _extension() -> tuple[ModuleType | None, str]:
     """The module with the kernel, or why there is none."""
     try:
         from . import fa4_fused_kernel
+
+        version = metadata.version("flash-attn-4")
     except Exception as error:  # whatever a beta package may raise when it has changed
         return None, f"flash-attn-4 cannot be extended: {type(error).__name__}: {error}"
     if unknown := fa4_fused_kernel.unknown_signature():
         return None, f"flash-attn-4 is not as it is known here: {unknown}"
-    version = metadata.version("flash-attn-4")
     if version not in TESTED_VERSIONS:
         logger.info(
             "flash-attn-4 %s has the signatures of %s, with which the fused kernel was tested",
