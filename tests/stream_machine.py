@@ -211,6 +211,7 @@ class StreamedBackend(CpuBackend):
         def begin() -> None:
             keys[:, rows:], values[:, rows:] = k, v
 
+        clears, frees = remote.clears.tolist(), remote.frees.tolist()
         self.machine.enqueue(stream, "fused begins", begin, lambda: True)
         stop = len(remote.begins)
         waits = [(tile, entry) for tile, entry in enumerate(remote.begins.tolist()) if entry]
@@ -235,5 +236,8 @@ class StreamedBackend(CpuBackend):
 
         def end() -> None:
             out.copy_(self.forward(q, keys, values, scale)[0])
+            for flags, value in ((clears, 0), (frees, 1)):
+                for flag in flags:
+                    word(flag).value = value
 
         self.machine.enqueue(stream, "fused ends", end, lambda: True)

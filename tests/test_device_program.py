@@ -219,7 +219,12 @@ def test_what_a_fused_call_read_goes_back_at_once(machine: Machine) -> None:
     writes = [op for op in ops if op.kind == OpKind.WRITE and op.dst_offset not in notes_of(runner)]
     num_peers, num_groups = 2, 3
     assert len(waits) == num_peers
-    assert len(writes) == num_peers * (num_groups + 1)  # rows are there; slots are given back
+    assert len(writes) == num_peers * num_groups  # rows are there; the kernel gives slots back
+    (call,) = (
+        part for part in next(iter(runner._compiled.values())).parts if isinstance(part, FusedCall)
+    )
+    assert len(call._remote.clears) == num_peers * num_groups
+    assert len(call._remote.frees) == num_peers
 
 
 def notes_of(runner: DeviceRunner) -> set[int]:

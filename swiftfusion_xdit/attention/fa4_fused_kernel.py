@@ -36,6 +36,11 @@ SCALARS = {
     "num_keys": Int32,
     "begins": Int64,
     "flags": Int64,
+    "counter": Int64,
+    "clears": Int64,
+    "num_clears": Int32,
+    "frees": Int64,
+    "num_frees": Int32,
     "note": Int64,
     "deadline_ns": Int64,
 }
@@ -110,6 +115,57 @@ def _await_flag(
     ARRIVED:
     }"""
     _asm(text, "l,l,l,l", None, [flag, name, note, deadline_ns], loc, ip)
+
+
+@dsl_user_op
+def _give_back(
+    counter: Int64,
+    clears: Int64,
+    num_clears: Int64,
+    frees: Int64,
+    num_frees: Int64,
+    *,
+    loc: Any = None,
+    ip: Any = None,
+) -> None:
+    """Count this block; the last one clears flags and sets others, for whoever waits for them."""
+    text = """{
+        .reg .pred p;
+        .reg .u32 seen, last, y;
+        .reg .u64 at, end, flag;
+        atom.add.acq_rel.gpu.global.u32 seen, [$0], 1;
+        mov.u32 last, %nctaid.x;
+        mov.u32 y, %nctaid.y;
+        mul.lo.u32 last, last, y;
+        mov.u32 y, %nctaid.z;
+        mul.lo.u32 last, last, y;
+        sub.u32 last, last, 1;
+        setp.ne.u32 p, seen, last;
+        @p bra DONE;
+        st.relaxed.gpu.global.u32 [$0], 0;
+        mov.u64 at, $1;
+        mad.lo.u64 end, $2, 8, at;
+    CLEAR:
+        setp.ge.u64 p, at, end;
+        @p bra CLEARED;
+        ld.global.u64 flag, [at];
+        st.relaxed.sys.global.u32 [flag], 0;
+        add.u64 at, at, 8;
+        bra CLEAR;
+    CLEARED:
+        mov.u64 at, $3;
+        mad.lo.u64 end, $4, 8, at;
+    FREE:
+        setp.ge.u64 p, at, end;
+        @p bra DONE;
+        ld.global.u64 flag, [at];
+        st.release.sys.global.u32 [flag], 1;
+        add.u64 at, at, 8;
+        bra FREE;
+    DONE:
+    }"""
+    operands = [counter, clears, num_clears, frees, num_frees]
+    _asm(text, "l,l,l,l,l", None, operands, loc, ip)
 
 
 def _asm(text: str, constraints: str, result: Any, operands: list, loc: Any, ip: Any) -> Any:
@@ -191,6 +247,21 @@ class FusedForwardSm90(FlashAttentionForwardSm90):
                 copy, given[f"pipeline_{name.lower()}"]
             )
         FlashAttentionForwardSm90.load(self, *args)
+        self.give_back()
+
+    @cute.jit
+    def give_back(self):
+        """Once this block's last keys and values have been read: `load` ends with a wait for it."""
+        thread, _, _ = cute.arch.thread_idx()
+        if thread == 0:  # of the warp that loads
+            told = self.told
+            _give_back(
+                told["counter"],
+                told["clears"],
+                Int64(told["num_clears"]),
+                told["frees"],
+                Int64(told["num_frees"]),
+            )
 
     @cute.jit
     def load_KV(
@@ -281,6 +352,11 @@ def arguments(
         remote.num_keys,
         remote.begins.data_ptr(),
         remote.flags.data_ptr(),
+        remote.counter.data_ptr(),
+        remote.clears.data_ptr(),
+        len(remote.clears),
+        remote.frees.data_ptr(),
+        len(remote.frees),
         remote.note,
         remote.deadline_ns,
     )

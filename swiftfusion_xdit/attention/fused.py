@@ -1,4 +1,8 @@
-"""What a fused call is told: where other ranks' keys lie, and the flags that say they came."""
+"""What a fused call is told: where other ranks' keys lie, and the flags that say they came.
+
+The kernel's last block gives the slots back: it clears what said that rows were there, then tells
+their writers.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,9 @@ class RemoteKeys:
             tile: the number of the first one, and from bit ``CHUNK_BITS`` on how many. 0: none.
         flags: int64 ``[chunks, H_kv, 2]``: address of the uint32 that a peer sets when the rows of
             a chunk are there for a head, and the flag's name for the watchdog, see ``heartbeat``.
+        counter: int32 ``[1]``, 0: how many blocks of the kernel have read all that they read.
+        clears: int64: addresses of uint32 that the last of them sets to 0.
+        frees: int64: addresses of uint32 at the writers that it then sets to 1.
         note: address of a uint32 in host memory; gets the name of a flag that is not set in time.
         deadline_ns: how long the kernel waits for a flag before it stops all work of its GPU.
     """
@@ -33,5 +40,8 @@ class RemoteKeys:
     num_keys: int
     begins: Tensor
     flags: Tensor
+    counter: Tensor
+    clears: Tensor
+    frees: Tensor
     note: int
     deadline_ns: int

@@ -12,7 +12,7 @@ from swiftfusion_xdit.comm.stream import StreamBuffer
 from swiftfusion_xdit.device_runtime.calls import Output
 from swiftfusion_xdit.plan import FUSED_TILE_ROWS, own_rows_in_tile
 from swiftfusion_xdit.runtime import Layer
-from swiftfusion_xdit.schedule.steps import Block, Wait
+from swiftfusion_xdit.schedule.steps import Block, Release, Wait
 
 if TYPE_CHECKING:
     from swiftfusion_xdit.device_runtime import DeviceRunner
@@ -36,6 +36,7 @@ class FusedCall:
         received = sum(plan.shape.key_lengths[chunk] for chunk in self._arrivals)
         self.own_rows = own_rows_in_tile(received)
         base, device = buffer.address(rank), buffer.local.device
+        given_back = self._given_back(runner, buffer, parity)
         self._remote = RemoteKeys(
             k=base + k.offset_bytes,
             v=base + v.offset_bytes,
@@ -45,6 +46,9 @@ class FusedCall:
             flags=torch.tensor(
                 self._flags(runner, buffer, parity), dtype=torch.int64, device=device
             ),
+            counter=torch.zeros(1, dtype=torch.int32, device=device),
+            clears=torch.tensor(given_back[0], dtype=torch.int64, device=device),
+            frees=torch.tensor(given_back[1], dtype=torch.int64, device=device),
             note=runner.notes.stream_lane_address(-1),
             deadline_ns=int((runner.timeout_s + DEADLINE_GRACE_S) * 1e9),
         )
@@ -76,9 +80,27 @@ class FusedCall:
             table.append(row)
         return table
 
+    def _given_back(
+        self, runner: DeviceRunner, buffer: StreamBuffer, parity: int
+    ) -> tuple[list[int], list[int]]:
+        """The FULL flags of all messages, and the FREE flag of all that a peer has put."""
+        plan, rank = runner.plan, runner.rank
+        clears, frees = [], []
+        for step in runner.program.steps:
+            if isinstance(step, Release):
+                if plan.message_block(rank, step.block) == step.block:
+                    full = plan.full_flag(rank, step.block, parity)
+                    clears.append(buffer.flag_address(full, rank))
+                if plan.return_block(step.peer, rank, step.block) == step.block:
+                    free = plan.free_flag(step.peer, rank, step.block, parity)
+                    frees.append(buffer.flag_address(free, step.peer))
+        return clears, frees
+
     def prepare(self, layer: Layer) -> None:
-        """Run once, off the record, without a wait: loads the kernel."""
-        self._run(layer, replace(self._remote, begins=torch.zeros_like(self._remote.begins)))
+        """Run once, off the record, without a flag: loads the kernel."""
+        remote, nothing = self._remote, self._remote.clears[:0]
+        begins = torch.zeros_like(remote.begins)
+        self._run(layer, replace(remote, begins=begins, clears=nothing, frees=nothing))
 
     def __call__(self, layer: Layer) -> None:
         self._run(layer, self._remote)

@@ -62,7 +62,6 @@ class Compiler:
         self.parts: list[tuple[int, int] | Call] = []
         self.num_events = 0
         self.offered = 0  # the event after which this layer's output slots are offered
-        self.last: list[Op] = []  # what goes out with the note that ends the layer
         self.outputs: dict[Output, _Array] = {}
         self.waited: set[tuple[int, Block]] = set()  # messages, by stream
         self.unreleased = Counter(
@@ -185,7 +184,7 @@ class Compiler:
         self._note(ASIDE, self.runner.notes.begin_notes())
         for release in self._message_ends(Release):
             if release.block.tensor == "o":
-                self.ops += self._release(ASIDE, release.block, release.peer)
+                self._release(ASIDE, release.block, release.peer)
         self.offered = self._record(ASIDE)
 
     def _message_ends(self, kind: type[_Flagged]) -> Iterator[_Flagged]:
@@ -200,7 +199,6 @@ class Compiler:
         """The layer ends when all streams are done: inputs and outputs may be freed after it."""
         for stream in self._side_streams():
             self.ops.append(Op.wait_event(0, self._record(stream)))
-        self.ops += self.last
         self._note(0, self.runner.notes.end_notes())
 
     def _note(self, stream: int, notes: Iterable[tuple[int, int]]) -> None:
@@ -245,12 +243,9 @@ class Compiler:
             # Its stream is by now behind the readers of every block of the message.
             block = plan.message_block(rank, step.block)
             self.unreleased[block] -= 1
-            if not self.unreleased[block] and block.tensor != "o":
-                ops = self._release(stream, block, step.peer)
-                if stream == 0:
-                    self.last += ops
-                else:
-                    self.ops += ops
+            in_kernel = step.block in self.program.awaited_in_kernels
+            if not self.unreleased[block] and block.tensor != "o" and not in_kernel:
+                self._release(stream, block, step.peer)
         else:
             assert isinstance(step, Collect), step
             slot = plan.layouts[rank].slot(step.block, parity)
@@ -270,15 +265,13 @@ class Compiler:
                 self.ops.append(Op.wait_event(stream, self.offered))
             self.ops.append(Op.wait(stream, self._own_flag(replace(step, block=block))))
 
-    def _release(self, stream: int, block: Block, peer: int) -> list[Op]:
-        """Clear the flag of a message; with the last one of those that go back together, do it."""
+    def _release(self, stream: int, block: Block, peer: int) -> None:
+        """Give the slots of a message back to ``peer``."""
         rank, plan, parity = self.runner.rank, self.plan, self.parity
         full = plan.full_flag(rank, block, parity)
-        ops = [Op.clear(stream, self._flag_place(full, rank))]
-        if plan.return_block(peer, rank, block) == block:
-            free = plan.free_flag(peer, rank, block, parity)
-            ops.append(Op.write(stream, self._flag_place(free, peer)))
-        return ops
+        free = plan.free_flag(peer, rank, block, parity)
+        self.ops.append(Op.clear(stream, self._flag_place(full, rank)))
+        self.ops.append(Op.write(stream, self._flag_place(free, peer)))
 
     def _own_flag(self, step: Put | Wait) -> Place:
         flag = self.runner.awaited_flag(step, self.parity)
