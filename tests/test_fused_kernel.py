@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,15 +47,44 @@ print("compiled")
 """
 
 
-def test_compiles_without_a_gpu() -> None:
-    env = {
-        **os.environ,
+KEPT = """
+import sys
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from swiftfusion_xdit.attention import fa4_fused
+
+if "anew" not in sys.argv:
+    fa4_fused._extension()[0].compile_kernel = None
+with FakeTensorMode():
+    launches = fa4_fused.FusedLaunches(torch.device("cuda"))
+    kind = {"dtype": torch.bfloat16, "head_dim": 64, "shared_by": 1}
+    print(launches.not_fused_because(**kind, tile_rows=128) or "ready")
+"""
+
+
+def run(script: str, *args: str, **env: str) -> str:
+    """What it prints, in a process that takes itself for one on a Hopper GPU."""
+    hopper = {
         "FLASH_ATTENTION_ARCH": "sm_90",
         "CUTE_DSL_ARCH": "sm_90a",
         "FLASH_ATTENTION_NUM_SMS": "132",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert "compiled" in done.stdout, done.stderr[-3000:]
+    command = [sys.executable, "-c", script, *args]
+    env = {**os.environ, **hopper, **env}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return done.stdout.strip() or done.stderr[-3000:]
+
+
+def test_compiles_without_a_gpu() -> None:
+    assert run(SCRIPT) == "compiled"
+
+
+def test_is_kept_on_disk_where_the_package_keeps_its_own(tmp_path: Path) -> None:
+    on_disk = {
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(tmp_path),
+    }
+    assert "not compiled" in run(KEPT, **on_disk)
+    assert run(KEPT, "anew", **on_disk) == "ready"
+    assert run(KEPT, **on_disk) == "ready"

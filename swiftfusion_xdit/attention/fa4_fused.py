@@ -2,7 +2,9 @@
 
 It extends a class of a beta package, so it is used only where that class is as it is known here.
 Each dtype, head dim and number of query heads that share a kv head is compiled once in a process,
-which takes one to two seconds; lengths, strides, peers and layers are run-time arguments.
+which takes one to two seconds, or once for all processes where flash-attn-4 keeps its kernels on
+disk (``FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1``); lengths, strides, peers and layers are run-time
+arguments.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class FusedLaunches:
                 for heads in (2 * shared_by, 2)
             )
             try:
-                self._compiled[kind] = module.compile_kernel(q, k, k, q)
+                self._compiled[kind] = module.kernel_for(q, k, k, q)
             except Exception as error:
                 logger.warning("the fused kernel was not compiled", exc_info=True)
                 lines = str(error).splitlines() or [""]

@@ -10,18 +10,22 @@ It overrides what loads keys and values, and nothing else: tiles, masks, softmax
 package's. Everything that a layer decides is a run-time argument, in ``AuxData.scalars``.
 """
 
+import hashlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import cutlass
 import torch
-from cutlass import Int32, Int64, const_expr, cute
+from cutlass import Int32, Int64, const_expr, cute, pipeline
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cutlass_dsl import T, dsl_user_op
+from flash_attn.cute.cache_utils import get_jit_cache
 from flash_attn.cute.cute_dsl_utils import to_cute_tensor
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.interface import _tile_size_fwd_sm90
+from flash_attn.cute.named_barrier import NamedBarrierFwd
 from flash_attn.cute.utils import AuxData
 from quack import copy_utils
 from torch import Tensor
@@ -56,11 +60,17 @@ _LOAD_PARAMETERS = (
     "self mQ mK mV sQ sK sV tma_atom_Q tma_atom_K tma_atom_V pipeline_k pipeline_v pipeline_q "
     "gmem_tiled_copy_Q mPageTable blocksparse_tensors block_info SeqlenInfoCls TileSchedulerCls"
 )
+_MMA_PARAMETERS = (
+    "self tiled_mma_qk tiled_mma_pv mO mLSE sQ sK sVt sP sO learnable_sink pipeline_k pipeline_v "
+    "pipeline_q gmem_tiled_copy_O tma_atom_O tidx softmax_scale_log2 softmax_scale block_info "
+    "SeqlenInfoCls AttentionMaskCls TileSchedulerCls blocksparse_tensors aux_data fastdiv_mods"
+)
 _LOAD_KV_PARAMETERS = (
     "self tma_load_fn paged_kv_manager sX block pipeline_kv producer_state K_or_V page_idx"
 )
 _CLASSES = ("TileScheduler", "SharedStorage")  # which the compiler takes one by one
 _UNUSED = (None,) * 9  # variable lengths, pages, windows, sinks, sparsity
+_cache = get_jit_cache("swiftfusion_xdit")
 _body = cute.jit(FlashAttentionForwardSm90.kernel.__wrapped__)
 
 
@@ -70,6 +80,7 @@ def unknown_signature() -> str:
         ("kernel", _KERNEL_PARAMETERS),
         ("load", _LOAD_PARAMETERS),
         ("load_KV", _LOAD_KV_PARAMETERS),
+        ("mma", _MMA_PARAMETERS),
     ):
         found = " ".join(inspect.signature(getattr(FlashAttentionForwardSm90, name)).parameters)
         if found != wanted:
@@ -298,14 +309,74 @@ class FusedForwardSm90(FlashAttentionForwardSm90):
                 _await_flag(flag, name, self.told["note"], self.told["deadline_ns"])
             cute.arch.fence_proxy("async.global")
 
+    @cute.jit
+    def mma(self, *args):
+        """As the package's; a warp group whose rows all lie past the last one multiplies none.
+
+        The last tile of a head is rarely full, and takes as long as a full one otherwise.
+        """
+        given = dict(zip(_MMA_PARAMETERS.split()[1:], args, strict=True))
+        if const_expr(not (self.use_tma_O and self.intra_wg_overlap)):  # other barriers, all needed
+            FlashAttentionForwardSm90.mma(self, *args)
+        else:
+            m_block, _, sample, _ = given["TileSchedulerCls"]().initial_work_tile_info().tile_idx
+            seqlen = given["SeqlenInfoCls"](sample)
+            group = cute.arch.make_warp_uniform(given["tidx"] // self.num_threads_per_warp_group)
+            first_row = m_block * self.tile_m + group * (self.tile_m // self.num_wg_mma)
+            if first_row < seqlen.seqlen_q:
+                FlashAttentionForwardSm90.mma(self, *args)
+            else:
+                _, num_blocks = given["block_info"].get_n_block_min_max(seqlen, m_block)
+                self.follow(given["pipeline_k"], given["pipeline_v"], num_blocks)
+
+    @cute.jit
+    def follow(self, pipeline_k, pipeline_v, num_blocks):
+        """Pass the barriers of `mma` in its order, for the other warp groups and the producer."""
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.num_stages)
+        pipeline_k.consumer_wait(state, pipeline_k.consumer_try_wait(state))
+        pipeline_k.consumer_release(state)
+        for _ in cutlass.range(num_blocks - 1, unroll=1):
+            state = self.follow_one_block(pipeline_k, pipeline_v, state)
+        pipeline_v.consumer_wait(state, pipeline_v.consumer_try_wait(state))
+        pipeline_v.consumer_release(state)
+        threads, barrier = self.num_epilogue_threads, int(NamedBarrierFwd.Epilogue)
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=threads)
+        cute.arch.barrier_arrive(
+            barrier_id=barrier, number_of_threads=threads + cute.arch.WARP_SIZE
+        )
+
+    @cute.jit
+    def follow_one_block(self, pipeline_k, pipeline_v, state):
+        values = state.clone()
+        state.advance()
+        pipeline_k.consumer_wait(state, pipeline_k.consumer_try_wait(state))
+        self.warp_scheduler_barrier_sync()
+        pipeline_v.consumer_wait(values, pipeline_v.consumer_try_wait(values))
+        self.warp_scheduler_barrier_arrive()
+        pipeline_k.consumer_release(state)
+        pipeline_v.consumer_release(values)
+        return state
+
 
 def tile_of(head_dim: int) -> Any:
     """The package's choice of tiles: ``m_block_size``, ``n_block_size`` and how it multiplies."""
     return _tile_size_fwd_sm90(head_dim, head_dim, False, False)
 
 
+def kernel_for(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Any:
+    """The kernel for tensors of this dtype, head dim and number of query heads a kv head.
+
+    In the package's own cache, which outlives the process where its user has switched that on.
+    """
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    key = (source, CHUNK_BITS, str(q.dtype), q.shape[3], q.shape[2] // k.shape[2])
+    if key not in _cache:
+        _cache[key] = compile_kernel(q, k, v, out)
+    return _cache[key]
+
+
 def compile_kernel(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Any:
-    """The kernel for tensors of this dtype, head dim and number of query heads a kv head."""
+    """As :func:`kernel_for`, anew."""
     head_dim, shared_by = q.shape[3], q.shape[2] // k.shape[2]
     tile = tile_of(head_dim)
     kernel = FusedForwardSm90(
