@@ -2,6 +2,7 @@
 
     python -m benchmarks.group --output DIR              all GPUs of this host
     python -m benchmarks.group --output DIR --cpu 8      the same on CPU ranks, in small
+    ... --shapes flux1024 --sizes 1024                   on GPUs in small, to see that all runs
 
 Runs the tests and benchmarks that take more than two ranks, one after another, each with a time of
 its own, and goes on where one fails. DIR gets their files; the table at the end says what each took
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 SHAPES = "flux1024,flux2048,flux3072,wan480,wan720"
-TCP_SHAPES = "flux3072,wan480"
+TCP_SHAPES = ("flux3072", "wan480")  # of these, if they are among the shapes
 SIZES = "1024,2048,3072"
 CPU_SHAPE = "1,1024,8,64"
 
@@ -50,12 +51,14 @@ def machine_counts(ranks: int) -> list[int]:
     return [count for count in (1, 2, 4, 8) if count <= ranks and ranks % count == 0]
 
 
-def stages(ranks: int, output: Path, *, on_gpu: bool) -> list[Stage]:
-    """Everything that is run, in this order."""
+def stages(
+    ranks: int, output: Path, *, on_gpu: bool, shapes: str = SHAPES, sizes: str = SIZES
+) -> list[Stage]:
+    """Everything that is run, in this order. On GPUs: the layers' shapes and the images' sizes."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     layer = (sys.executable, "-m", "swiftfusion_xdit", "bench", "layer", "--ranks", str(ranks))
     step = (sys.executable, "-m", "benchmarks.flux_step", "--ranks", str(ranks))
-    place = ("--device", "cuda" if on_gpu else "cpu", "--shapes", SHAPES if on_gpu else CPU_SHAPE)
+    place = ("--device", "cuda" if on_gpu else "cpu", "--shapes", shapes if on_gpu else CPU_SHAPE)
     every = tuple(word for mesh in meshes(ranks) for word in ("--mesh", mesh))
     if on_gpu:
         gpu_tests = "tests/gpu/test_sequence_parallel.py"
@@ -67,13 +70,14 @@ def stages(ranks: int, output: Path, *, on_gpu: bool) -> list[Stage]:
         name = f"layer_{machines}_machines"
         words = (*place, "--machines", str(machines), *(every if machines == 1 else ()))
         plan.append(Stage(name, (*layer, *words, *_json(output, name)), 500))
-    sizes = ("--sizes", SIZES) if on_gpu else ("--tiny", "--sizes", "128")
-    plan.append(Stage("flux_step", (*step, *sizes, *_json(output, "flux_step")), 500))
+    words = ("--sizes", sizes) if on_gpu else ("--tiny", "--sizes", "128")
+    plan.append(Stage("flux_step", (*step, *words, *_json(output, "flux_step")), 500))
     if on_gpu:
+        over_tcp = [name for name in shapes.split(",") if name in TCP_SHAPES] or [shapes]
         for hosts in machine_counts(ranks)[1:]:
             name = f"tcp_{hosts}_hosts"
             words = ("--tcp", "--transport", "nccl", "--machines", str(hosts), "--no-graph")
-            words += ("--shapes", TCP_SHAPES, "--schedules", "torus", "--parts")
+            words += ("--shapes", ",".join(over_tcp), "--schedules", "torus", "--parts")
             plan.append(Stage(name, (*layer, *words, *_json(output, name)), 300))
         plan.append(Stage("ten thousand layers", (*pytest, "-m", "slow", gpu_tests), 400))
         plan.append(Stage("a rank dies", (*pytest, "tests/gpu/test_killed_rank.py"), 200))
@@ -112,6 +116,8 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for files and logs")
     parser.add_argument("--cpu", type=int, metavar="RANKS", help="CPU ranks instead of GPUs")
+    parser.add_argument("--shapes", default=SHAPES, help=f"of layers on GPUs ({SHAPES})")
+    parser.add_argument("--sizes", default=SIZES, help=f"of images on GPUs ({SIZES})")
     parser.add_argument("--only", default="", help="stages by their names, with commas between")
     parser.add_argument("--list", action="store_true", help="show the stages and run none")
     args = parser.parse_args()
@@ -122,7 +128,7 @@ def main() -> int:
         ranks = torch.cuda.device_count()
     if ranks < 2:
         parser.error(f"a group has at least 2 ranks, got {ranks}; --cpu 8 needs no GPU")
-    plan = stages(ranks, args.output, on_gpu=args.cpu is None)
+    plan = stages(ranks, args.output, on_gpu=args.cpu is None, shapes=args.shapes, sizes=args.sizes)
     wanted = [word.strip() for word in args.only.split(",") if word.strip()]
     if unknown := set(wanted) - {stage.name for stage in plan}:
         parser.error(f"--only must name stages, got {', '.join(sorted(unknown))}")
