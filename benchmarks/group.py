@@ -57,7 +57,7 @@ def stages(
     """Everything that is run, in this order. On GPUs: the layers' shapes and the images' sizes."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     layer = (sys.executable, "-m", "swiftfusion_xdit", "bench", "layer", "--ranks", str(ranks))
-    step = (sys.executable, "-m", "benchmarks.flux_step", "--ranks", str(ranks))
+    step = (sys.executable, "-m", "benchmarks.model_step", "--ranks", str(ranks))
     place = ("--device", "cuda" if on_gpu else "cpu", "--shapes", shapes if on_gpu else CPU_SHAPE)
     every = tuple(word for mesh in meshes(ranks) for word in ("--mesh", mesh))
     if on_gpu:

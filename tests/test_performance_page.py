@@ -99,7 +99,7 @@ def test_a_folder_without_results_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "report", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    assert f"RESULTS must hold files of bench layer or flux_step, got {tmp_path}" in (
+    assert f"RESULTS must hold files of bench layer or model_step, got {tmp_path}" in (
         capsys.readouterr().err
     )
     assert not list(tmp_path.iterdir())

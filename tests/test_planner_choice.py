@@ -178,7 +178,7 @@ def test_a_runtime_shape_is_planned_as_it_is() -> None:
 
 
 def test_one_attention_call_wins_what_the_simulator_cannot_tell() -> None:
-    choice = plan(*make("h200-2", 1, 2, 4608, 24, 128), effort=None)
+    choice = plan(*make("h200-2", 1, 2, 4608, 8, 64), effort=None)
     assert choice.schedule == "fused"
     faster = [other for other in choice.others if "faster, less than" in other.reason]
     assert faster, "another schedule is simulated to be a little faster here"

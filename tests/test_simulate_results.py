@@ -54,6 +54,6 @@ def test_the_mean_error_is_what_the_planner_takes_for_a_tie(
 ) -> None:
     found = errors()
     mean = statistics.mean(map(abs, found))
-    assert len(found) == 24 and mean <= 0.046, found
+    assert len(found) == 24 and mean <= 0.06, found
     monkeypatch.setattr(cost, "FILLED", 0.9)
     assert statistics.mean(map(abs, errors())) > mean

@@ -1,6 +1,6 @@
 """`swiftfusion bench report`: pages and pictures from the files that benchmarks left.
 
-Reads what `bench layer --json` and `benchmarks/flux_step.py --json` wrote. Each file becomes a
+Reads what `bench layer --json` and `benchmarks/model_step.py --json` wrote. Each file becomes a
 section with its hardware, versions and command, a table and a bar chart. What is slower is in it.
 """
 
@@ -66,7 +66,7 @@ def read(directory: Path) -> list[Section]:
         if make is not None and report["settings"]["device"] == "cuda":
             sections.append(make(path.stem, report))
     if not sections:
-        raise ValueError(f"RESULTS must hold files of bench layer or flux_step, got {directory}")
+        raise ValueError(f"RESULTS must hold files of bench layer or model_step, got {directory}")
     return sections
 
 
@@ -134,7 +134,7 @@ def _schedule_of(case: dict[str, Any]) -> str:
 
 
 def step_section(name: str, report: dict[str, Any]) -> Section:
-    """`flux_step`: milliseconds of a denoising step of each size."""
+    """`model_step`: milliseconds of a denoising step of each size."""
     rows: list[tuple[str, ...]] = []
     bars: list[Bar] = []
     for found in report["sizes"]:
@@ -151,9 +151,9 @@ def step_section(name: str, report: dict[str, Any]) -> Section:
             bars.append(Bar(size, label, *(times[key] for key in ("q1", "median", "q3"))))
     return Section(
         name=name,
-        title=f"One step of FLUX.1's transformer on {_gpus(report)}",
+        title=f"One step of {report['model'].get('title', 'FLUX.1-dev')} on {_gpus(report)}",
         text=f"Speedup: {_lower(report['method']['best stock /'])} {_origin(name, report)}",
-        heading=("pixels", "way", "which", "ms", "speedup", "peak GiB"),
+        heading=("size", "way", "which", "ms", "speedup", "peak GiB"),
         rows=tuple(rows),
         unit="ms a step",
         bars=tuple(bars),
@@ -173,7 +173,8 @@ _STEP_CASES: dict[str, Callable[[dict[str, Any]], bool]] = {
         ("ceiling", "without communication"),
     )
 }
-_SECTIONS = {"layer": layer_section, "flux_step": step_section}
+# ``flux_step`` is what model_step was called while it knew one model.
+_SECTIONS = {"layer": layer_section, "model_step": step_section, "flux_step": step_section}
 
 
 def _gpus(report: dict[str, Any]) -> str:

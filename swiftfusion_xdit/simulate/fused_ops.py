@@ -1,8 +1,9 @@
-"""All fused calls of a program as one launch, wave by wave.
+"""All fused calls of a program as one launch, wave by wave on parts of the GPU.
 
 A unit keeps a tile until it has attended all keys. So a wave of tiles attends the own keys, then
 waits for the next chunk of the heads that its tiles belong to, attends it, and so on; only then
-comes the next wave. Whoever waits holds up what follows on its unit.
+comes the next wave. Whoever waits holds up what follows on its unit, and nobody else: the units are
+told apart by ``PARTS``, and those that take up the first heads, which come first, go on first.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import math
 
 from swiftfusion_xdit.schedule.steps import Attend, Block, Program, Wait
-from swiftfusion_xdit.simulate.cost import tiles_per_head
+from swiftfusion_xdit.simulate.cost import tile_rows
 from swiftfusion_xdit.simulate.engine import Op, OpGraph
 from swiftfusion_xdit.simulate.setting import Setting
 
-MOST_WAVES = 8  # that are told apart; the others are attended together
+MOST_WAVES = 4  # that are told apart; the others are attended together
+PARTS = 4  # of a GPU's units
+WARP_GROUP_ROWS = 64
 
 
 class FusedLaunch:
@@ -39,23 +42,38 @@ class FusedLaunch:
         shape, sizes = self._sizes.shape, self._sizes
         heads = [call.heads for call in calls for _ in range(sizes.num_heads("q", call.heads))]
         rows, keys = sizes.rows("q", step.queries), sizes.rows("k", step.keys)
-        tiles = {"query_rows": rows, "head_dim": shape.head_dim, "batch": shape.batch}
-        total_us = self._costs.attend_us(**tiles, key_rows=keys, num_heads=len(heads))
-        num_units, per_head = self._costs.gpu.num_units, max(1, tiles_per_head(**tiles))
-        num_waves = max(1, math.ceil(self._costs.waves(**tiles, num_heads=len(heads))))
-        for wave in range(min(num_waves, MOST_WAVES)):
-            first = wave * num_units // per_head
-            stop = math.ceil((wave + 1) * num_units / per_head)
-            part = 1.0
-            if wave == MOST_WAVES - 1:
-                stop, part = len(heads), num_waves - wave
-            groups = sorted(set(heads[first:stop]))
-            for chunk in reversed(step.keys):
-                blocks = [Block(x, chunk, group) for group in groups for x in ("k", "v")]
-                arrived = [self._waits[block] for block in blocks if block in self._waits]
-                name = f"attend kv[{chunk}] as it arrives, heads {groups[0]} to {groups[-1]}"
-                piece = Op(self._program.rank, step.stream, name)
-                share = sizes.rows("k", (chunk,)) / max(keys, 1)
-                piece.attend_us = total_us * part / num_waves * share
-                after = [graph.add(piece, [*after, *arrived])]
-        return after[0]
+        per_head = fused_tiles_per_head(rows, shape.head_dim) * shape.batch
+        num_units = self._costs.gpu.num_units
+        num_waves = math.ceil(per_head * len(heads) / num_units)
+        wave_us = self._costs.wave_us(key_rows=keys, head_dim=shape.head_dim)
+        launch = Op(self._program.rank, step.stream, str(step), drawn=False)
+        graph.add(launch, after)
+        ends = []
+        for part in range(PARTS):
+            last = launch
+            for wave in range(min(num_waves, MOST_WAVES)):
+                first = int((wave + part / PARTS) * num_units / per_head)
+                stop = math.ceil((wave + (part + 1) / PARTS) * num_units / per_head)
+                waves = 1
+                if wave == MOST_WAVES - 1:
+                    stop, waves = len(heads), num_waves - wave
+                groups = sorted(set(heads[first:stop]))
+                if not groups:
+                    break
+                for chunk in reversed(step.keys):
+                    blocks = [Block(x, chunk, group) for group in groups for x in ("k", "v")]
+                    arrived = [self._waits[block] for block in blocks if block in self._waits]
+                    name = f"attend kv[{chunk}] as it arrives, heads {groups[0]} to {groups[-1]}"
+                    piece = Op(self._program.rank, f"{step.stream}, part {part}", name)
+                    piece.width = 1 / PARTS
+                    piece.attend_us = wave_us * waves * sizes.rows("k", (chunk,)) / max(keys, 1)
+                    if last is launch:
+                        piece.attend_us += self._costs.gpu.kernel_us
+                    last = graph.add(piece, [last, *arrived])
+            ends.append(last)
+        return graph.add(Op(self._program.rank, step.stream, str(step), drawn=False), ends)
+
+
+def fused_tiles_per_head(rows: int, head_dim: int) -> float:
+    """Tiles of one head. The last one counts by its warp groups: those without rows do not work."""
+    return math.ceil(rows / WARP_GROUP_ROWS) * WARP_GROUP_ROWS / tile_rows(head_dim)

@@ -44,11 +44,11 @@ class MeasuredLayer:
 
 
 MEASURED = (
-    MeasuredLayer("flux 1024", 24, 4608, 128, 0.219, 0.235, 0.704, 0.611, 1.21, host_bound=True),
-    MeasuredLayer("flux 2048", 24, 16896, 128, 2.57, 2.86, 3.52, 3.71, 0.99),
+    MeasuredLayer("flux 1024", 24, 4608, 128, 0.219, 0.235, 0.704, 0.611, 1.07, host_bound=True),
+    MeasuredLayer("flux 2048", 24, 16896, 128, 2.57, 2.86, 3.52, 3.71, 1.00),
     MeasuredLayer("flux 3072", 24, 37376, 128, 12.7, 14.0, 14.8, 15.9, 1.04),
-    MeasuredLayer("cogvideox-5b 49 f", 48, 17776, 64, 3.58, 4.75, 4.63, 5.64, 1.13),
-    MeasuredLayer("wan2.1-14b 480p", 40, 32760, 128, 16.2, 19.4, 19.6, 21.5, 1.03),
+    MeasuredLayer("cogvideox-5b 49 f", 48, 17776, 64, 3.58, 4.75, 4.63, 5.64, 1.09),
+    MeasuredLayer("wan2.1-14b 480p", 40, 32760, 128, 16.2, 19.4, 19.6, 21.5, 1.04),
     MeasuredLayer("wan2.1-14b 720p", 40, 75600, 128, 87.7, 104.0, 95.0, 110.0, 1.01),
 )
 

@@ -31,6 +31,7 @@ from swiftfusion_xdit.simulate.fused_ops import FusedLaunch
 from swiftfusion_xdit.simulate.setting import Layer, Setting
 from swiftfusion_xdit.topology import Link as LinkClass
 
+FUSED_LAYER_US = 8.0  # between two layers' kernels, on two H100 in a CUDA graph
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 
 
@@ -51,6 +52,8 @@ class GraphBuilder:
             begin = self.graph.add(Op(rank, "compute", "layer", drawn=False), after)
             if not self.setting.free_links:
                 begin.delay_us = max(self.setting.inside.layer_us, self.setting.across.layer_us)
+                if program.fused_calls:  # whose kernel gives the slots back
+                    begin.delay_us = min(begin.delay_us, FUSED_LAYER_US)
             self._barrier(begin)
             layer.begins[rank] = begin
             self._add_program(program, layer, begin)

@@ -1,9 +1,11 @@
-"""FLUX.1's transformer for flux_step.py: xDiT's groups, weights, inputs, and what is compiled."""
+"""xDiT's side of model_step.py: its groups, its model with weights, the ceiling, compiling."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import importlib
+from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.flux_step_config import NORM_WEIGHT, SEED, STATE, Settings
+from benchmarks.model_step_config import NORM_WEIGHT, SEED, STATE, Settings
+from benchmarks.step_models import Latents, Make
 from swiftfusion_xdit.attention import attend, select_backend
 from swiftfusion_xdit.cli.bench_stock import GROUPS, RANK_GROUPS
 
@@ -55,15 +58,12 @@ class XditStates:
             setattr(parallel_state, name, None)
         init_distributed_environment()
         config, _ = xfuser.xFuserArgs(
-            model="flux",
+            model=self._settings.model,
             ulysses_degree=ulysses,
             ring_degree=ring,
             attention_backend=self._settings.backends[0],
         ).create_config()
         initialize_runtime_state(self._pipeline, config)
-        state = runtime_state.get_runtime_state()
-        state.max_condition_sequence_length = self._settings.text_tokens
-        state.split_text_embed_in_sp = True
         kept = [(parallel_state, GROUPS), (PROCESS_GROUP, RANK_GROUPS), (runtime_state, STATE)]
         self._made[ulysses, ring] = [
             (owner, name, getattr(owner, name)) for owner, names in kept for name in names
@@ -71,18 +71,19 @@ class XditStates:
 
 
 def build_model(settings: Settings, device: torch.device) -> nn.Module:
-    """FLUX.1's transformer under xDiT's wrapper, with the same random weights on every rank."""
-    from xfuser.model_executor.models.transformers.transformer_flux import (
-        xFuserFlux1Transformer2DWrapper,
-    )
-
-    with torch.device("meta"):
-        model = xFuserFlux1Transformer2DWrapper(**settings.config).to(settings.dtype)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
+    """The transformer with the same random weights on every rank."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(settings.dtype)
+    try:
+        with device:
+            model = settings.module.build(settings.config)
+    finally:
+        torch.set_default_dtype(before)
+    model = model.to(settings.dtype).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(SEED)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.02, generator=generator)
         else:
@@ -91,30 +92,10 @@ def build_model(settings: Settings, device: torch.device) -> nn.Module:
     return model
 
 
-def step_inputs(settings: Settings, size: int, device: torch.device) -> dict[str, Any]:
-    """Of a whole step, as FluxPipeline passes them; xDiT's wrapper takes this rank's rows."""
-    generator = torch.Generator(device).manual_seed(SEED + size)
-
-    def noise(*shape: int) -> Tensor:
-        x = torch.randn(shape, generator=generator, device=device, dtype=settings.dtype)
-        dist.broadcast(x, src=0)
-        return x
-
-    side, config = size // 16, settings.config
-    ids = torch.zeros(side, side, 3, device=device, dtype=settings.dtype)
-    ids[..., 1] += torch.arange(side, device=device)[:, None]
-    ids[..., 2] += torch.arange(side, device=device)[None, :]
-    return {
-        "hidden_states": noise(1, side * side, config["in_channels"]),
-        "encoder_hidden_states": noise(1, settings.text_tokens, config["joint_attention_dim"]),
-        "pooled_projections": noise(1, config["pooled_projection_dim"]),
-        # The model multiplies both by 1000: exact in bf16, or compiled code would see other values.
-        "timestep": torch.full((1,), 0.5, device=device, dtype=settings.dtype),
-        "guidance": torch.full((1,), 4.0, device=device),
-        "img_ids": ids.reshape(-1, 3),
-        "txt_ids": torch.zeros(settings.text_tokens, 3, device=device, dtype=settings.dtype),
-        "return_dict": False,
-    }
+def step_inputs(settings: Settings, latents: Latents, device: torch.device) -> dict[str, Any]:
+    generator = torch.Generator(device).manual_seed(SEED + latents.image_tokens)
+    make = Make(dist.get_rank(), settings.ranks, device, settings.dtype, generator)
+    return settings.module.inputs(settings.config, latents, make)
 
 
 @functools.cache
@@ -127,7 +108,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
     return attend(q, k, v, scale=scale, backend=_kernel(kernel, q.device))[0].contiguous()
 
 
-_attend_op = torch.library.custom_op("flux_step::attend", _attend, mutates_args=())
+_attend_op = torch.library.custom_op("model_step::attend", _attend, mutates_args=())
 _attend_op.register_fake(lambda q, k, v, kernel: torch.empty_like(q).contiguous())
 
 
@@ -165,33 +146,40 @@ def view_of(module: Any, name: str) -> Any:
     view = copy.copy(module)
     view.__class__ = _class_of(type(module), name)
     for key, value in vars(view).items():
-        if isinstance(value, dict):  # of submodules, hooks and so on: they are the view's own
+        if type(value) in (
+            dict,
+            OrderedDict,
+        ):  # of submodules, hooks and so on: they are the view's own
             vars(view)[key] = value.copy()
     return view
 
 
-def compiled_by_xdit(model: Any, name: str, how: str, mode: str | None) -> Any:
-    """The transformer as xDiT's runner for FLUX.1 compiles it.
+def compiled_by_xdit(model: Any, module: Any, name: str, how: str, mode: str | None) -> Any:
+    """The transformer as xDiT's runner for it compiles it.
 
     Args:
+        module: of ``step_models``.
         how: ``whole``, or ``blocks``, as xDiT does where weights are sharded.
-        mode: of torch.compile; None: xDiT's, which is reduce-overhead.
+        mode: of torch.compile; None: xDiT's.
     """
-    from xfuser.model_executor.models.runner_models.flux import xFuserFluxModel
+    from xfuser.model_executor.models.runner_models.base_model import xFuserModel
 
     view = view_of(model, name)
-    runner: Any = object.__new__(xFuserFluxModel)
+    kind = getattr(importlib.import_module(module.RUNNER[0]), module.RUNNER[1])
+    runner: Any = object.__new__(kind)
     degree = 1
     if how == "blocks":
         degree = 2
-        for part in ("transformer_blocks", "single_transformer_blocks"):
+        for part in module.BLOCKS:
             view._modules[part] = nn.ModuleList(view_of(x, name) for x in getattr(model, part))
     runner.config = SimpleNamespace(fully_shard_degree=degree, cache_method=None)
     runner.pipe = SimpleNamespace(transformer=view)
     if mode is not None:
         runner._get_compile_mode = lambda: mode
-    runner._run_compile_warmup = lambda _: None  # there is no pipeline here; we warm up
-    runner._compile_model({})
+    # There is no pipeline here; we warm up.
+    runner._run_compile_warmup = runner._run_timed_pipe = lambda _: None
+    compile_model = xFuserModel._compile_model if how == "blocks" else kind._compile_model
+    compile_model(runner, {})
     return runner.pipe.transformer
 
 

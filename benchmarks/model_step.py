@@ -1,11 +1,12 @@
-"""How long does FLUX.1-dev's transformer take for a denoising step, under torus and under xDiT?
+"""How long does a model's transformer take for a denoising step, under torus and under xDiT?
 
-    python -m benchmarks.flux_step [--sizes 1024,2048,3072] [--compile] [--json FILE]
-    python -m benchmarks.flux_step --tiny       the same on CPU ranks with a tiny model, in seconds
+    python -m benchmarks.model_step [--model flux] [--sizes 1024,2048] [--compile] [--json FILE]
+    python -m benchmarks.model_step --tiny       the same on CPU ranks with a tiny model, in seconds
 
 All in one run, in turn, on one model with random weights under xDiT's own wrapper: xDiT's USP at
-ulysses and at ring, ours (what ``--sp-strategy torus`` does), and the ceiling, a step without any
+every pair of degrees, ours (what ``--sp-strategy torus`` does), and the ceiling, a step without any
 communication in its attention. ``--compile`` adds the same steps compiled by xDiT's own runner.
+Models and their sizes are in step_models/.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ import torch.multiprocessing as multiprocessing
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.flux_step_config import (
+from benchmarks import step_models
+from benchmarks.model_step_config import (
     BACKENDS,
     COMPILE,
     HEADINGS,
     HOST,
     KINDS,
     PEER_TIMEOUT_S,
-    TINY_SIZES,
     Settings,
 )
-from benchmarks.flux_step_ranks import FluxStep
+from benchmarks.model_step_ranks import ModelStep
 from swiftfusion_xdit.cli import machine
 from swiftfusion_xdit.cli.bench_parts import Ranks
 from swiftfusion_xdit.cli.bench_report import write_json
@@ -61,10 +62,10 @@ METHOD = {
 
 
 def show(found: dict[str, Any], settings: Settings) -> None:
-    model = "a tiny model" if settings.tiny else "FLUX.1-dev"
+    model = f"a tiny {settings.module.TITLE}" if settings.tiny else settings.module.TITLE
     table = Table(
         title=f"A step of {model} at {found['size']}: {found['image_tokens']} image and "
-        f"{settings.text_tokens} text tokens, {settings.ranks} ranks, {settings.rounds} rounds"
+        f"{found['text_tokens']} text tokens, {settings.ranks} ranks, {settings.rounds} rounds"
     )
     for heading in HEADINGS:
         is_text = heading in ("strategy", "note")
@@ -127,7 +128,7 @@ def run_rank(rank: int, settings: Settings, port: int, path: Path | None, timeou
     start_s = time.monotonic()
     report = report_of(settings)
     with torch.no_grad():
-        bench = FluxStep(settings, Ranks(), device)
+        bench = ModelStep(settings, Ranks(), device)
         for size in settings.sizes:
             found = bench.measure(size)
             report["sizes"].append(found)
@@ -154,14 +155,14 @@ def _end_with_parent() -> None:
 
 def report_of(settings: Settings) -> dict[str, Any]:
     return {
-        "benchmark": "flux_step",
+        "benchmark": "model_step",
         "question": (__doc__ or "").splitlines()[0],
-        "command": shlex.join(["python", "-m", "benchmarks.flux_step", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.model_step", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         "settings": dataclasses.asdict(settings),
-        "model": settings.config,
+        "model": {"title": settings.module.TITLE, **settings.config},
         "method": METHOD,
         "sizes": [],
     }
@@ -211,15 +212,21 @@ def run_ranks(settings: Settings, path: Path | None, timeout_s: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.flux_step", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.model_step", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
     words = functools.partial(add, type=lambda text: tuple(text.split(",")))
-    words("--sizes", default=None, help="pixels of the square image's side (1024)")
+    add("--model", default="flux", help=f"one of {', '.join(step_models.NAMES)} (flux)")
+    words(
+        "--sizes",
+        default=None,
+        help="of flux, pixels of the square image's side; of others, by "
+        "name: 480p, 720p; 49f (all that the model has)",
+    )
     words("--kinds", default=KINDS, help="of stock,ours,ceiling (all)")
     words("--backends", default=None, help="xDiT's attention backends (CUDNN,FLASH_4)")
     words("--only", default=(), help="strategies by their names in the table")
-    words("--schedules", default=("auto",), help="of auto,torus,folded,pipelined (auto)")
+    words("--schedules", default=("auto",), help="of auto,torus,folded,pipelined,fused (auto)")
     add("--ranks", type=int, default=2, help="one GPU each (2)")
     add(
         "--compile",
@@ -230,7 +237,7 @@ def main() -> None:
         "takes a fraction of the time to compile (blocks)",
     )
     add("--no-compile", dest="compile", action="store_const", const=None, help="the default")
-    add("--compile-mode", help="of torch.compile (xDiT's for FLUX.1, reduce-overhead)")
+    add("--compile-mode", help="of torch.compile (xDiT's for the model)")
     add("--compile-seconds", type=float, default=240.0, help="then no more is compiled (240)")
     add("--rounds", type=int, default=5, help="rounds of turns (5)")
     add("--steps", type=int, default=2, help="steps of a turn (2)")
@@ -243,8 +250,9 @@ def main() -> None:
     args["device"] = args["device"] or ("cpu" if args["tiny"] else "cuda")
     args["backends"] = args["backends"] or BACKENDS[args["device"]]
     try:
-        sizes = args["sizes"] or (TINY_SIZES if args["tiny"] else ("1024",))
-        settings = Settings(**args | {"sizes": tuple(map(int, sizes))})
+        module = step_models.load(args["model"])
+        args["sizes"] = args["sizes"] or tuple(module.TINY_SIZES if args["tiny"] else module.SIZES)
+        settings = Settings(**args)
     except ValueError as error:
         parser.error(str(error))
     run_ranks(settings, path, timeout_s)

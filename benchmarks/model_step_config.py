@@ -1,4 +1,4 @@
-"""What flux_step.py measures: the model, the ways to run a step, the checked arguments."""
+"""What model_step.py measures: the ways to run a step, the checked arguments."""
 
 from __future__ import annotations
 
@@ -8,32 +8,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import step_models
+from benchmarks.step_models import Latents
 from swiftfusion_xdit.envs import SCHEDULES
 
-TEXT_TOKENS = 512
-FLUX_DEV = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
-TINY_SIZES = (128, 256)
-TINY_TEXT_TOKENS = 32
-TINY = FLUX_DEV | {
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 32,
-    "num_attention_heads": 8,
-    "joint_attention_dim": 64,
-    "pooled_projection_dim": 32,
-    "axes_dims_rope": (8, 12, 12),
-}
 KINDS = ("stock", "ours", "ceiling")
 COMPILE = ("whole", "blocks")
 # The two that xDiT runs on a CPU; it refuses the second one's ring, for want of an LSE.
@@ -75,7 +53,8 @@ class Case:
 class Settings:
     """The checked arguments. Raises ValueError naming the argument, its rule and the value."""
 
-    sizes: tuple[int, ...]
+    model: str
+    sizes: tuple[str, ...]
     tiny: bool
     device: str
     ranks: int
@@ -90,24 +69,39 @@ class Settings:
     steps: int
 
     def __post_init__(self) -> None:
-        for size in self.sizes:
-            if size % 16 or (size // 16) ** 2 % self.ranks:
-                raise ValueError(f"--sizes: ({size} / 16)^2 must be whole and divide by the ranks")
         heads = self.config["num_attention_heads"]
-        if self.ranks < 2 or heads % self.ranks or self.text_tokens % self.ranks:
+        if self.ranks < 2 or heads % self.ranks:
             raise ValueError(f"--ranks must be above 1 and divide {heads} heads, got {self.ranks}")
+        for size in self.sizes:
+            latents = self.latents(size)
+            if latents.image_tokens % self.ranks or latents.text % self.ranks:
+                raise ValueError(
+                    f"--sizes must give rows that divide by {self.ranks} ranks, {size} has "
+                    f"{latents.image_tokens} of the image and {latents.text} of the text"
+                )
+        if self.compile and self.module.RUNNER is None:
+            raise ValueError(f"--compile: xDiT has no runner for {self.module.TITLE}")
         if not set(self.kinds) <= set(KINDS) or not set(self.schedules) <= set(SCHEDULES):
             raise ValueError(f"--kinds are of {KINDS}, --schedules of {SCHEDULES}")
         if min(self.rounds, self.steps) < 1:
             raise ValueError("--rounds and --steps must be at least 1")
 
     @property
-    def config(self) -> dict[str, Any]:
-        return TINY if self.tiny else FLUX_DEV
+    def module(self) -> Any:
+        return step_models.load(self.model)
+
+    def latents(self, size: str) -> Latents:
+        return step_models.latents_of(self.module, size, tiny=self.tiny)
 
     @property
-    def text_tokens(self) -> int:
-        return TINY_TEXT_TOKENS if self.tiny else TEXT_TOKENS
+    def config(self) -> dict[str, Any]:
+        return self.module.TINY if self.tiny else self.module.CONFIG
+
+    @property
+    def degrees(self) -> list[tuple[int, int]]:
+        """xDiT's (Ulysses, ring) on these ranks, Ulysses first."""
+        counts = [n for n in range(self.ranks, 0, -1) if self.ranks % n == 0]
+        return [(n, self.ranks // n) for n in counts]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,8 +111,7 @@ class Settings:
         cases = []
         for backend in self.backends:
             cases += [
-                Case("stock", backend, self.ranks),
-                Case("stock", backend, 1, self.ranks),
+                *(Case("stock", backend, *degrees) for degrees in self.degrees),
                 *(Case("ours", backend, self.ranks, schedule=name) for name in self.schedules),
                 Case("ceiling", backend, self.ranks),
             ]

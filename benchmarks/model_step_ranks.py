@@ -1,4 +1,4 @@
-"""The rank's side of flux_step.py: puts each way to run a step in force, checks and times it."""
+"""The rank's side of model_step.py: puts each way to run a step in force, checks and times it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.flux_step_config import GIB, MAX_ERROR, WARM_UPS, Case, Found, Settings
-from benchmarks.flux_step_model import (
+from benchmarks.model_step_config import GIB, MAX_ERROR, WARM_UPS, Case, Found, Settings
+from benchmarks.model_step_xdit import (
     XditStates,
     build_model,
     compiled_by_xdit,
@@ -28,7 +28,7 @@ from swiftfusion_xdit.cli.bench_parts import Ranks
 from swiftfusion_xdit.cli.bench_report import spread
 
 
-class FluxStep:
+class ModelStep:
     """This rank's part. Owns the model, and for the length of a size its sessions and graphs."""
 
     def __init__(self, settings: Settings, ranks: Ranks, device: torch.device) -> None:
@@ -37,11 +37,14 @@ class FluxStep:
         self.model = build_model(settings, device)
         self.model_bytes = sum(x.nbytes for x in self.model.parameters())
         self.states = XditStates(self.model, settings)
+        self.states.use(*settings.degrees[0], settings.backends[0])
+        self.model = settings.module.wrap(self.model)
         self.token = torch.zeros(1, device=device)
 
-    def measure(self, size: int) -> dict[str, Any]:
+    def measure(self, size: str) -> dict[str, Any]:
         """All strategies at one size. Every rank returns the same."""
-        self.inputs = step_inputs(self.settings, size, self.device)
+        self.latents = self.settings.latents(size)
+        self.inputs = step_inputs(self.settings, self.latents, self.device)
         self.expected: Tensor | None = None
         self.compile_s = 0.0
         self.sessions: dict[str, Any] = {}
@@ -56,7 +59,8 @@ class FluxStep:
         self.ranks.barrier()  # peers may still read this rank's memory
         self._forget()
         results = [joined(case, [rank[idx] for rank in everyone]) for idx, case in enumerate(found)]
-        return {"size": size, "image_tokens": (size // 16) ** 2, "results": compared(results)}
+        tokens = {"image_tokens": self.latents.image_tokens, "text_tokens": self.latents.text}
+        return {"size": size, **tokens, "results": compared(results)}
 
     def _forget(self) -> None:
         import torch._dynamo
@@ -80,6 +84,7 @@ class FluxStep:
         from swiftfusion_xdit.xdit.patches import Patches
 
         state = self.states.use(case.ulysses, case.ring, case.backend)
+        self.settings.module.prepare(state, self.latents)
         patches = Patches()
         try:
             if case.kind == "ours":
@@ -164,7 +169,9 @@ class FluxStep:
             how, mode = self.settings.compile, self.settings.compile_mode
             if case.compiled and how:
                 name = f"forward_{len(self.models)}"
-                self.models[case] = compiled_by_xdit(self.model, name, how, mode)
+                self.models[case] = compiled_by_xdit(
+                    self.model, self.settings.module, name, how, mode
+                )
             for _ in range(WARM_UPS[case.compiled]):
                 out = self._step(case)
             self._synchronize()
