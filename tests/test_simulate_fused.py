@@ -9,7 +9,7 @@ import pytest
 from swiftfusion_xdit.clusters import preset
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.planner import plan
-from swiftfusion_xdit.simulate.fused_ops import fused_tiles_per_head
+from swiftfusion_xdit.simulate.cost import tile_rows, worked_rows
 from swiftfusion_xdit.simulate.layer import LayerTime, simulate_layer
 from swiftfusion_xdit.simulate.sizes import LayerShape
 from swiftfusion_xdit.simulate.transport import one_sided
@@ -84,4 +84,5 @@ def test_the_planner_takes_it_where_the_kernel_exists() -> None:
     [(2304, 128, 18), (2305, 128, 18.5), (8888, 64, 46 + 1 / 3), (8970, 64, 47)],
 )
 def test_warp_groups_without_rows_do_not_count(rows: int, head_dim: int, tiles: float) -> None:
-    assert fused_tiles_per_head(rows, head_dim) == pytest.approx(tiles)
+    worked = worked_rows(query_rows=rows, head_dim=head_dim, fused=True)
+    assert worked / tile_rows(head_dim) == pytest.approx(tiles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from swiftfusion_xdit.mesh import Mesh, head_group_sizes
 from swiftfusion_xdit.planner.candidates import Candidate
@@ -130,14 +131,16 @@ def _attention_us(
     mesh, costs = candidate.mesh, Costs(cluster.gpu)
     heads = shape.num_heads // mesh.num_head_groups
     total_us = 0.0
+    fused = candidate.schedule == "fused"
     for query_chunks, key_chunks, times in _calls(candidate.schedule, mesh):
-        parts = [heads] if candidate.schedule == "fused" else _group_sizes(candidate, heads)
+        parts = [heads] if fused else _group_sizes(candidate, heads)
         for part in parts:
-            tiles = {
+            tiles: dict[str, Any] = {
                 "query_rows": query_chunks * shape.query_lengths[0],
                 "num_heads": part,
                 "head_dim": shape.head_dim,
                 "batch": shape.batch,
+                "fused": fused,
             }
             one_us = costs.attend_us(**tiles, key_rows=key_chunks * shape.key_lengths[0])
             share = costs.width(**tiles) if overlap else 1.0

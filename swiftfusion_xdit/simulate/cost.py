@@ -12,6 +12,7 @@ from swiftfusion_xdit.simulate.hardware import BYTES_PER_US, Gpu
 FILLED = 0.4
 LSE_BYTES = 4
 FLOPS_PER_US = 1e6  # of one TFLOP/s
+WARP_GROUP_ROWS = 64  # of a tile, on Hopper
 
 
 def tile_rows(head_dim: int) -> int:
@@ -22,6 +23,15 @@ def tile_rows(head_dim: int) -> int:
 def tiles_per_head(*, query_rows: int, head_dim: int, batch: int) -> int:
     """Tiles that the query rows of every sample are cut into, for one head."""
     return math.ceil(query_rows / tile_rows(head_dim)) * batch
+
+
+def worked_rows(*, query_rows: int, head_dim: int, fused: bool) -> int:
+    """The rows that tiles take time for, of one head and sample: whole tiles.
+
+    Of a fused call's last tile only the warp groups with rows work.
+    """
+    step = WARP_GROUP_ROWS if fused else tile_rows(head_dim)
+    return math.ceil(query_rows / step) * step
 
 
 @dataclass(frozen=True)
@@ -42,32 +52,60 @@ class Costs:
     free_compute: bool = False
 
     def attend_us(
-        self, *, query_rows: int, key_rows: int, num_heads: int, head_dim: int, batch: int = 1
+        self,
+        *,
+        query_rows: int,
+        key_rows: int,
+        num_heads: int,
+        head_dim: int,
+        batch: int = 1,
+        fused: bool = False,
     ) -> float:
         """One attention call over ``num_heads`` heads."""
         if self.free_compute or not query_rows * key_rows * num_heads:
             return 0.0
-        waves = math.ceil(
-            self.waves(query_rows=query_rows, num_heads=num_heads, head_dim=head_dim, batch=batch)
+        waves = self.waves(
+            query_rows=query_rows, num_heads=num_heads, head_dim=head_dim, batch=batch, fused=fused
         )
-        return self.gpu.kernel_us + waves * self.wave_us(key_rows=key_rows, head_dim=head_dim)
+        wave_us = self.wave_us(key_rows=key_rows, head_dim=head_dim)
+        return self.gpu.kernel_us + math.ceil(waves) * wave_us
 
     def wave_us(self, *, key_rows: int, head_dim: int) -> float:
         """A tile on every unit, with its keys."""
         if self.free_compute:
             return 0.0
-        flops = 4.0 * tile_rows(head_dim) * key_rows * head_dim * self.gpu.num_units
+        flops = 4.0 * self.rows_per_wave(head_dim) * key_rows * head_dim
         return flops / (self.gpu.attention_rate(head_dim) * FLOPS_PER_US)
 
-    def waves(self, *, query_rows: int, num_heads: int, head_dim: int, batch: int = 1) -> float:
+    def waves(
+        self,
+        *,
+        query_rows: int,
+        num_heads: int,
+        head_dim: int,
+        batch: int = 1,
+        fused: bool = False,
+    ) -> float:
         """How often the tiles of an attention call fill all units."""
-        per_head = tiles_per_head(query_rows=query_rows, head_dim=head_dim, batch=batch)
-        return per_head * num_heads / self.gpu.num_units
+        rows = worked_rows(query_rows=query_rows, head_dim=head_dim, fused=fused)
+        return rows * batch * num_heads / self.rows_per_wave(head_dim)
 
-    def width(self, *, query_rows: int, num_heads: int, head_dim: int, batch: int = 1) -> float:
+    def rows_per_wave(self, head_dim: int) -> int:
+        """A tile on every unit."""
+        return tile_rows(head_dim) * self.gpu.num_units
+
+    def width(
+        self,
+        *,
+        query_rows: int,
+        num_heads: int,
+        head_dim: int,
+        batch: int = 1,
+        fused: bool = False,
+    ) -> float:
         """The part of the GPU that another attention call does not get, on average."""
         waves = self.waves(
-            query_rows=query_rows, num_heads=num_heads, head_dim=head_dim, batch=batch
+            query_rows=query_rows, num_heads=num_heads, head_dim=head_dim, batch=batch, fused=fused
         )
         return 1.0 - FILLED * (1.0 - waves / math.ceil(waves)) if waves else 1.0
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 
 from swiftfusion_xdit.schedule.steps import Attend, Block, Program, Wait
-from swiftfusion_xdit.simulate.cost import tile_rows
+from swiftfusion_xdit.simulate.cost import worked_rows
 from swiftfusion_xdit.simulate.engine import Op, OpGraph
 from swiftfusion_xdit.simulate.setting import Setting
 
 MOST_WAVES = 4  # that are told apart; the others are attended together
 PARTS = 4  # of a GPU's units
-WARP_GROUP_ROWS = 64
 
 
 class FusedLaunch:
@@ -42,9 +41,9 @@ class FusedLaunch:
         shape, sizes = self._sizes.shape, self._sizes
         heads = [call.heads for call in calls for _ in range(sizes.num_heads("q", call.heads))]
         rows, keys = sizes.rows("q", step.queries), sizes.rows("k", step.keys)
-        per_head = fused_tiles_per_head(rows, shape.head_dim) * shape.batch
-        num_units = self._costs.gpu.num_units
-        num_waves = math.ceil(per_head * len(heads) / num_units)
+        per_head = worked_rows(query_rows=rows, head_dim=shape.head_dim, fused=True) * shape.batch
+        per_wave = self._costs.rows_per_wave(shape.head_dim)
+        num_waves = math.ceil(per_head * len(heads) / per_wave)
         wave_us = self._costs.wave_us(key_rows=keys, head_dim=shape.head_dim)
         launch = Op(self._program.rank, step.stream, str(step), drawn=False)
         graph.add(launch, after)
@@ -52,8 +51,9 @@ class FusedLaunch:
         for part in range(PARTS):
             last = launch
             for wave in range(min(num_waves, MOST_WAVES)):
-                first = int((wave + part / PARTS) * num_units / per_head)
-                stop = math.ceil((wave + (part + 1) / PARTS) * num_units / per_head)
+                turn = wave * PARTS + part
+                first = turn * per_wave // (PARTS * per_head)
+                stop = math.ceil((turn + 1) * per_wave / (PARTS * per_head))
                 waves = 1
                 if wave == MOST_WAVES - 1:
                     stop, waves = len(heads), num_waves - wave
@@ -72,8 +72,3 @@ class FusedLaunch:
                     last = graph.add(piece, [last, *arrived])
             ends.append(last)
         return graph.add(Op(self._program.rank, step.stream, str(step), drawn=False), ends)
-
-
-def fused_tiles_per_head(rows: int, head_dim: int) -> float:
-    """Tiles of one head. The last one counts by its warp groups: those without rows do not work."""
-    return math.ceil(rows / WARP_GROUP_ROWS) * WARP_GROUP_ROWS / tile_rows(head_dim)

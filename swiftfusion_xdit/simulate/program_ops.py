@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from swiftfusion_xdit.schedule.hazards import dependencies
 from swiftfusion_xdit.schedule.steps import (
@@ -29,9 +30,9 @@ from swiftfusion_xdit.simulate.batches import add_batches
 from swiftfusion_xdit.simulate.engine import Op, OpGraph
 from swiftfusion_xdit.simulate.fused_ops import FusedLaunch
 from swiftfusion_xdit.simulate.setting import Layer, Setting
+from swiftfusion_xdit.simulate.transport import FUSED_LAYER_US
 from swiftfusion_xdit.topology import Link as LinkClass
 
-FUSED_LAYER_US = 8.0  # between two layers' kernels, on two H100 in a CUDA graph
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 
 
@@ -52,7 +53,7 @@ class GraphBuilder:
             begin = self.graph.add(Op(rank, "compute", "layer", drawn=False), after)
             if not self.setting.free_links:
                 begin.delay_us = max(self.setting.inside.layer_us, self.setting.across.layer_us)
-                if program.fused_calls:  # whose kernel gives the slots back
+                if program.fused_calls:
                     begin.delay_us = min(begin.delay_us, FUSED_LAYER_US)
             self._barrier(begin)
             layer.begins[rank] = begin
@@ -118,7 +119,7 @@ class GraphBuilder:
             for chunk in step.queries:
                 key = (chunk, step.heads)
                 partials[key] = partials.get(key, 0) + 1
-            tiles = {
+            tiles: dict[str, Any] = {
                 "query_rows": sizes.rows("q", step.queries),
                 "num_heads": sizes.num_heads("q", step.heads),
                 "head_dim": shape.head_dim,
