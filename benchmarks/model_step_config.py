@@ -82,9 +82,14 @@ class Settings:
         if self.compile and self.module.RUNNER is None:
             raise ValueError(f"--compile: xDiT has no runner for {self.module.TITLE}")
         if not set(self.kinds) <= set(KINDS) or not set(self.schedules) <= set(SCHEDULES):
-            raise ValueError(f"--kinds are of {KINDS}, --schedules of {SCHEDULES}")
+            raise ValueError(
+                f"--kinds are of {KINDS}, --schedules of {SCHEDULES}, got {self.kinds} and "
+                f"{self.schedules}"
+            )
         if min(self.rounds, self.steps) < 1:
-            raise ValueError("--rounds and --steps must be at least 1")
+            raise ValueError(
+                f"--rounds and --steps must be at least 1, got {self.rounds} and {self.steps}"
+            )
 
     @property
     def module(self) -> Any:

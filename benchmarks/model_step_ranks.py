@@ -34,11 +34,11 @@ class ModelStep:
     def __init__(self, settings: Settings, ranks: Ranks, device: torch.device) -> None:
         self.settings, self.ranks, self.device = settings, ranks, device
         self.on_gpu = device.type == "cuda"
-        self.model = build_model(settings, device)
-        self.model_bytes = sum(x.nbytes for x in self.model.parameters())
-        self.states = XditStates(self.model, settings)
-        self.states.use(*settings.degrees[0], settings.backends[0])
-        self.model = settings.module.wrap(self.model)
+        model = build_model(settings, device)
+        self.model_bytes = sum(x.nbytes for x in model.parameters())
+        self.states = XditStates(model, settings)
+        self.states.use(*settings.degrees[0], settings.backends[0])  # wrapping looks at them
+        self.model = settings.module.wrap(model)
         self.token = torch.zeros(1, device=device)
 
     def measure(self, size: str) -> dict[str, Any]:

@@ -146,10 +146,8 @@ def view_of(module: Any, name: str) -> Any:
     view = copy.copy(module)
     view.__class__ = _class_of(type(module), name)
     for key, value in vars(view).items():
-        if type(value) in (
-            dict,
-            OrderedDict,
-        ):  # of submodules, hooks and so on: they are the view's own
+        # Submodules, hooks and so on are the view's own; a config is a dict of a class of its own.
+        if type(value) in (dict, OrderedDict):
             vars(view)[key] = value.copy()
     return view
 

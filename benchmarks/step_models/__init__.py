@@ -9,9 +9,9 @@ A model's module has
     RUNNER       (module, class) of xDiT's runner, which knows how it is compiled, or None
     BLOCKS       the attributes with its blocks, for ``--compile blocks``
     build        build(config): the model, not yet xDiT's where xDiT wraps an object
-    wrap         wrap(model): xDiT's, inside its groups
+    wrap         wrap(model): xDiT's, inside its groups; `as_built` where it is that already
     inputs       inputs(config, latents, make): what a step is called with, on this rank
-    prepare      prepare(state): what xDiT's pipeline would have told its runtime state
+    prepare      prepare(state, latents): tells xDiT's runtime state what its pipeline would
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 NAMES = ("flux", "cogvideox", "wan", "hunyuan_video")
 
@@ -36,6 +36,10 @@ class Latents:
     height: int
     width: int
     text: int
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
 
     @property
     def image_tokens(self) -> int:
@@ -61,6 +65,11 @@ class Make:
     def mine(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part."""
         return x.chunk(self.ranks, dim=dim)[self.rank].contiguous()
+
+
+def as_built(model: nn.Module) -> nn.Module:
+    """For `wrap`."""
+    return model
 
 
 def load(name: str) -> Any:

@@ -58,7 +58,7 @@ def prepare(state: Any, latents: Latents) -> None:
 def inputs(config: dict[str, Any], latents: Latents, make: Make) -> dict[str, Any]:
     """This rank's rows of the image and of the text, cut as xDiT's pipeline does."""
     channels, text_dim = config.get("in_channels", 16), config.get("text_embed_dim", 4096)
-    frames, height, width = latents.frames, latents.height, latents.width
+    frames, height, width = latents.size
     rows, dim = (frames, height // 2, width // 2), config["attention_head_dim"]
     angles = make.noise(*rows, dim // 2).float().repeat_interleave(2, dim=-1)
     angles = make.mine(angles, 1).reshape(-1, dim)

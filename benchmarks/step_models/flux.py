@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.step_models import Latents, Make
+from benchmarks.step_models import Latents, Make, as_built
 
 TITLE = "FLUX.1-dev"
 CONFIG = {
@@ -35,6 +35,7 @@ SIZES = {"1024": Latents(1, 128, 128, 512)}
 TINY_SIZES = {"128": Latents(1, 16, 16, 32), "256": Latents(1, 32, 32, 32)}
 RUNNER = ("xfuser.model_executor.models.runner_models.flux", "xFuserFluxModel")
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+wrap = as_built
 
 
 def parse(size: str, text: int) -> Latents:
@@ -50,10 +51,6 @@ def build(config: dict[str, Any]) -> nn.Module:
     )
 
     return xFuserFlux1Transformer2DWrapper(**config)
-
-
-def wrap(model: nn.Module) -> nn.Module:
-    return model
 
 
 def prepare(state: Any, latents: Latents) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.step_models import Latents, Make
+from benchmarks.step_models import Latents, Make, as_built
 
 TITLE = "HunyuanVideo"
 CONFIG = {
@@ -39,6 +39,7 @@ SIZES = {"720p": Latents(33, 90, 160, 256), "540p": Latents(33, 68, 120, 256)}  
 TINY_SIZES = {"tiny": Latents(3, 8, 8, 16)}
 RUNNER = ("xfuser.model_executor.models.runner_models.hunyuan", "xFuserHunyuanvideoModel")
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+wrap = as_built
 
 
 def build(config: dict[str, Any]) -> nn.Module:
@@ -49,19 +50,14 @@ def build(config: dict[str, Any]) -> nn.Module:
     return xFuserHunyuanVideoTransformer3DWrapper.from_config(config)
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    return model
-
-
 def prepare(state: Any, latents: Latents) -> None:
     state.max_condition_sequence_length = latents.text
 
 
 def inputs(config: dict[str, Any], latents: Latents, make: Make) -> dict[str, Any]:
     """Of a whole step; xDiT's wrapper takes this rank's rows."""
-    size = (latents.frames, latents.height, latents.width)
     return {
-        "hidden_states": make.noise(1, config["in_channels"], *size),
+        "hidden_states": make.noise(1, config["in_channels"], *latents.size),
         "timestep": torch.full((1,), 512, device=make.device),
         "encoder_hidden_states": make.noise(1, latents.text, config["text_embed_dim"]),
         "encoder_attention_mask": torch.ones(1, latents.text, device=make.device),

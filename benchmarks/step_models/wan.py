@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.step_models import Latents, Make
+from benchmarks.step_models import Latents, Make, as_built
 
 TITLE = "Wan2.1-T2V-14B"
 CONFIG = {
@@ -36,6 +36,7 @@ SIZES = {"480p": Latents(21, 60, 104, 512), "720p": Latents(21, 90, 160, 512)}
 TINY_SIZES = {"tiny": Latents(3, 8, 8, 16)}
 RUNNER = ("xfuser.model_executor.models.runner_models.wan", "xFuserWan21T2VModel")
 BLOCKS = ("blocks",)
+wrap = as_built
 
 
 def build(config: dict[str, Any]) -> nn.Module:
@@ -46,19 +47,14 @@ def build(config: dict[str, Any]) -> nn.Module:
     return xFuserWanTransformer3DWrapper(**config)
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    return model
-
-
 def prepare(state: Any, latents: Latents) -> None:
     pass
 
 
 def inputs(config: dict[str, Any], latents: Latents, make: Make) -> dict[str, Any]:
     """Of a whole step; xDiT's wrapper takes this rank's rows."""
-    size = (latents.frames, latents.height, latents.width)
     return {
-        "hidden_states": make.noise(1, config["in_channels"], *size),
+        "hidden_states": make.noise(1, config["in_channels"], *latents.size),
         "timestep": torch.full((1,), 512.0, device=make.device),
         "encoder_hidden_states": make.noise(1, latents.text, config["text_dim"]),
         "return_dict": False,
