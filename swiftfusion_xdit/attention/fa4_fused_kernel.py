@@ -6,8 +6,9 @@ lie in a second pair of arrays, into which peers put their rows, farthest peer f
 first load from the rows of a peer the producer warp spins on that peer's flag for the head at hand,
 then fences, because the loads go through another path of the memory (TMA) than the flag.
 
-It overrides what loads keys and values, and nothing else: tiles, masks, softmax and stores are the
-package's. Everything that a layer decides is a run-time argument, in ``AuxData.scalars``.
+It overrides what loads keys and values, and lets warp groups without rows pass by the products:
+tiles, masks, softmax and stores are the package's. The last block to have read all gives the slots
+back. Everything that a layer decides is a run-time argument, in ``AuxData.scalars``.
 """
 
 import hashlib
