@@ -54,12 +54,11 @@ def machine_counts(ranks: int) -> list[int]:
 def stages(
     ranks: int, output: Path, *, on_gpu: bool, shapes: str = SHAPES, sizes: str = SIZES
 ) -> list[Stage]:
-    """Everything that is run, in this order. On GPUs: the layers' shapes and the images' sizes."""
+    """Everything that is run, in this order. On GPUs: the layers' shapes and FLUX.1's sizes."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     layer = (sys.executable, "-m", "swiftfusion_xdit", "bench", "layer", "--ranks", str(ranks))
     step = (sys.executable, "-m", "benchmarks.model_step", "--ranks", str(ranks))
     place = ("--device", "cuda" if on_gpu else "cpu", "--shapes", shapes if on_gpu else CPU_SHAPE)
-    every = tuple(word for mesh in meshes(ranks) for word in ("--mesh", mesh))
     if on_gpu:
         gpu_tests = "tests/gpu/test_sequence_parallel.py"
         plan = [Stage("exact", (*pytest, "-m", "not slow", gpu_tests), 400)]
@@ -68,10 +67,17 @@ def stages(
         plan = [Stage("exact", (*pytest, *exact), 600)]
     for machines in machine_counts(ranks):
         name = f"layer_{machines}_machines"
-        words = (*place, "--machines", str(machines), *(every if machines == 1 else ()))
+        words = (*place, "--machines", str(machines))
         plan.append(Stage(name, (*layer, *words, *_json(output, name)), 500))
+    # Apart from the schedules: each case keeps its symmetric memory until its shape is done.
+    words = (*place, "--strategies", "torus", "--schedules", "auto,torus")
+    words += tuple(word for mesh in meshes(ranks) for word in ("--mesh", mesh))
+    words += ("--backends", "fa4") if on_gpu else ()
+    plan.append(Stage("meshes", (*layer, *words, *_json(output, "meshes")), 300))
     words = ("--sizes", sizes) if on_gpu else ("--tiny", "--sizes", "128")
     plan.append(Stage("flux_step", (*step, *words, *_json(output, "flux_step")), 500))
+    words = ("--model", "wan", *(("--sizes", "480p") if on_gpu else ("--tiny",)))
+    plan.append(Stage("wan_step", (*step, *words, *_json(output, "wan_step")), 500))
     if on_gpu:
         over_tcp = [name for name in shapes.split(",") if name in TCP_SHAPES] or [shapes]
         for hosts in machine_counts(ranks)[1:]:

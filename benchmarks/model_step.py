@@ -65,7 +65,7 @@ def show(found: dict[str, Any], settings: Settings) -> None:
     model = f"a tiny {settings.module.TITLE}" if settings.tiny else settings.module.TITLE
     table = Table(
         title=f"A step of {model} at {found['size']}: {found['image_tokens']} image and "
-        f"{found['text_tokens']} text tokens, {settings.ranks} ranks, {settings.rounds} rounds"
+        f"{found['text_tokens']} text tokens, {settings.ranks} ranks, {found['rounds']} rounds"
     )
     for heading in HEADINGS:
         is_text = heading in ("strategy", "note")
@@ -239,7 +239,8 @@ def main() -> None:
     add("--no-compile", dest="compile", action="store_const", const=None, help="the default")
     add("--compile-mode", help="of torch.compile (xDiT's for the model)")
     add("--compile-seconds", type=float, default=240.0, help="then no more is compiled (240)")
-    add("--rounds", type=int, default=5, help="rounds of turns (5)")
+    add("--rounds", type=int, default=5, help="rounds of turns, at most (5)")
+    add("--seconds", type=float, default=120.0, help="of a size, after which no round begins (120)")
     add("--steps", type=int, default=2, help="steps of a turn (2)")
     add("--timeout", type=float, default=540.0, help="seconds after which all ends (540)")
     add("--tiny", action="store_true", help="a tiny model, on the CPU unless --device cuda")

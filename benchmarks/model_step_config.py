@@ -67,6 +67,7 @@ class Settings:
     compile_seconds: float
     rounds: int
     steps: int
+    seconds: float
 
     def __post_init__(self) -> None:
         heads = self.config["num_attention_heads"]
@@ -79,6 +80,9 @@ class Settings:
                     f"--sizes must give rows that divide by {self.ranks} ranks, {size} has "
                     f"{latents.image_tokens} of the image and {latents.text} of the text"
                 )
+        if unknown := set(self.only) - {case.name for case in self._all_cases()}:
+            names = "; ".join(dict.fromkeys(case.name for case in self._all_cases()))
+            raise ValueError(f"--only must name strategies of: {names}; got {', '.join(unknown)}")
         if self.compile and self.module.RUNNER is None:
             raise ValueError(f"--compile: xDiT has no runner for {self.module.TITLE}")
         if not set(self.kinds) <= set(KINDS) or not set(self.schedules) <= set(SCHEDULES):
@@ -86,9 +90,10 @@ class Settings:
                 f"--kinds are of {KINDS}, --schedules of {SCHEDULES}, got {self.kinds} and "
                 f"{self.schedules}"
             )
-        if min(self.rounds, self.steps) < 1:
+        if min(self.rounds, self.steps) < 1 or not self.seconds > 0:
             raise ValueError(
-                f"--rounds and --steps must be at least 1, got {self.rounds} and {self.steps}"
+                "--rounds and --steps must be at least 1 and --seconds above 0, got "
+                f"{self.rounds}, {self.steps} and {self.seconds}"
             )
 
     @property
@@ -112,7 +117,7 @@ class Settings:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
-    def cases(self) -> list[Case]:
+    def _all_cases(self) -> list[Case]:
         cases = []
         for backend in self.backends:
             cases += [
@@ -120,11 +125,11 @@ class Settings:
                 *(Case("ours", backend, self.ranks, schedule=name) for name in self.schedules),
                 Case("ceiling", backend, self.ranks),
             ]
-        cases = [
-            case
-            for case in cases
-            if case.kind in self.kinds and (not self.only or case.name in self.only)
-        ]
+        return [case for case in cases if case.kind in self.kinds]
+
+    def cases(self) -> list[Case]:
+        """Every way to run a step that was asked for, eager ones first."""
+        cases = [c for c in self._all_cases() if not self.only or c.name in self.only]
         compiled = [dataclasses.replace(case, compiled=True) for case in cases]
         return cases + (compiled if self.compile else [])
 

@@ -43,6 +43,7 @@ class ModelStep:
 
     def measure(self, size: str) -> dict[str, Any]:
         """All strategies at one size. Every rank returns the same."""
+        start_s = time.monotonic()
         self.latents = self.settings.latents(size)
         self.inputs = step_inputs(self.settings, self.latents, self.device)
         self.expected: Tensor | None = None
@@ -51,16 +52,20 @@ class ModelStep:
         self.models: dict[Case, Any] = {}
         found = {case: self._first_steps(case) for case in self.settings.cases()}
         cases = [case for case, one in found.items() if one.failure is None]
-        for idx in range(self.settings.rounds):
-            first = idx % max(1, len(cases))
+        rounds = 0
+        while rounds < self.settings.rounds:
+            first = rounds % max(1, len(cases))
             for case in cases[first:] + cases[:first]:
                 self._turn(case, found[case])
+            rounds += 1
+            if max(self.ranks.gather(time.monotonic() - start_s)) > self.settings.seconds:
+                break
         everyone = self.ranks.gather([vars(one) for one in found.values()])
         self.ranks.barrier()  # peers may still read this rank's memory
         self._forget()
         results = [joined(case, [rank[idx] for rank in everyone]) for idx, case in enumerate(found)]
         tokens = {"image_tokens": self.latents.image_tokens, "text_tokens": self.latents.text}
-        return {"size": size, **tokens, "results": compared(results)}
+        return {"size": size, **tokens, "rounds": rounds, "results": compared(results)}
 
     def _forget(self) -> None:
         import torch._dynamo

@@ -48,6 +48,8 @@ def test_every_model_runs_the_same_step_every_way(name: str, tmp_path: Path) -> 
         (("--model", "wan", "--sizes", "4k"), "--sizes of Wan2.1-T2V-14B are 480p, 720p, got 4k"),
         (("--sizes", "1000"), "are pixels, multiples of 16, got 1000"),
         (("--model", "cogvideox", "--compile"), "xDiT has no runner for CogVideoX-5B"),
+        (("--only", "torus CUDNN,torus SAGE"), "no communication FLASH_4; got torus SAGE"),
+        (("--seconds", "0"), "--seconds above 0, got 5, 2 and 0.0"),
         (("--ranks", "5"), "--ranks must be above 1 and divide 24 heads, got 5"),
         (("--sizes", "1040", "--ranks", "8"), "1040 has 4225 of the image and 512 of the text"),
     ],
@@ -55,6 +57,15 @@ def test_every_model_runs_the_same_step_every_way(name: str, tmp_path: Path) -> 
 def test_refusals_name_the_argument(words: tuple[str, ...], says: str) -> None:
     done = run(*words, "--device", "cuda")
     assert done.returncode == 2 and says in " ".join(done.stderr.split())
+
+
+def test_no_round_begins_when_the_time_of_a_size_is_over(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    words = ("--tiny", "--model", "wan", "--only", "torus SDPA_FLASH", "--rounds", "1000")
+    done = run(*words, "--seconds", "0.1", "--json", str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    (size,) = json.loads(path.read_text(encoding="utf-8"))["sizes"]
+    assert size["rounds"] == len(size["results"][0]["samples_ms"]) == 1
 
 
 def test_sizes_are_those_of_the_models() -> None:

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# The smallest group, and all GPUs (of an odd number, all but one).
+RANKS = sorted({2, max(2, torch.cuda.device_count() // 2 * 2)})
+
 
 def run_on_gpus(num_ranks: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     """``[fn(rank, num_ranks, *args) for every rank]``, each in a fresh process."""
