@@ -271,3 +271,25 @@ def test_the_machine_notices_what_is_missing(kind: OpKind, machine: Machine) -> 
         patch.setattr(FakeProgram, "_meaning", without)
         for seed in range(20):
             check_layers(plan_of("folded", Mesh(torus=2)), machine, seed)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mesh", "lanes"),
+    [("pipelined", Mesh(ring=4), 3), ("torus", Mesh(torus=4), 3), ("torus", Mesh(2, 1, 2), 2)],
+    ids=str,
+)
+def test_each_peer_is_put_to_on_a_stream_of_its_own(
+    schedule: str, mesh: Mesh, lanes: int, machine: Machine
+) -> None:
+    ranks = Ranks(plan_of(schedule, mesh), machine)
+    ends = [memory.data_ptr() for memory in ranks.memories]
+    own = set(range(ends[0], ends[0] + ranks.memories[0].numel()))
+    streams: dict[int, set[int]] = {}
+    for op in next(iter(ranks.runners[0]._compiled.values())).program.ops:
+        if op.kind == OpKind.COPY and op.dst_base < 0 and op.dst_offset not in own:
+            peer = max((start, rank) for rank, start in enumerate(ends) if start <= op.dst_offset)[
+                1
+            ]
+            streams.setdefault(peer, set()).add(op.stream)
+    assert len(streams) == lanes and all(len(each) == 1 for each in streams.values())
+    assert len(set.union(*streams.values())) == lanes

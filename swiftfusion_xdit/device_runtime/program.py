@@ -13,6 +13,7 @@ from swiftfusion_xdit.device_runtime.fused import FusedCall
 from swiftfusion_xdit.native import ABSOLUTE, Op, Place, Program
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule.hazards import dependencies
+from swiftfusion_xdit.schedule.lanes import lane_names, spread_puts
 from swiftfusion_xdit.schedule.messages import runs
 from swiftfusion_xdit.schedule.steps import (
     Attend,
@@ -29,7 +30,7 @@ from swiftfusion_xdit.schedule.steps import (
 if TYPE_CHECKING:
     from swiftfusion_xdit.device_runtime import DeviceRunner
 
-STREAMS = ("compute", "compute2", "ring", "torus")
+STREAMS = ("compute", "compute2", *lane_names("ring"), *lane_names("torus"))
 INPUTS = ("q", "k", "v")
 ASIDE = 1  # compute2: a stream that waits for peers before it does anything else
 OUT = 3  # bases: q, k, v, the result, then finished outputs
@@ -55,7 +56,7 @@ class Compiler:
         self.plan = runner.plan
         self.parity = parity
         self.strides = dict(zip(INPUTS, strides, strict=True))
-        self.program = runner.program
+        self.program = spread_puts(runner.program)
         assert isinstance(runner.buffer, StreamBuffer)
         self.buffer = runner.buffer
         self.ops: list[Op] = []

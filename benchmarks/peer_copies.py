@@ -1,0 +1,160 @@
+"""How fast do GPUs of one machine copy to each other: by message, row, number of peers, streams?
+
+    python -m benchmarks.peer_copies [--json FILE]
+
+All GPUs push at once, each the same amount, from one process, in CUDA graphs. "Peers in turn" is
+what a layer over more than two GPUs does: copies to the next rank, the one after it, and so on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import environment, write_json
+from swiftfusion_xdit import native
+from swiftfusion_xdit.cli import machine
+from swiftfusion_xdit.native import Op, Place
+
+SIZES_MIB = (1.0, 2.0, 6.0, 24.0)
+ROW_BYTES = (512, 1536, 6144)  # of heads that go, out of rows of 6144 bytes; 6144: contiguous
+PITCH = 6144
+TOTAL_MIB = 192.0  # that each GPU pushes in a sample
+NUM_SAMPLES = 7
+
+
+class Pushes:
+    """The copies of all GPUs: ``num_peers`` in turn, on one stream or on a stream each."""
+
+    def __init__(self, lib: native.Native, num_gpus: int, memory: dict[int, torch.Tensor]) -> None:
+        self.lib, self.num_gpus, self.memory = lib, num_gpus, memory
+
+    def graphs(self, size: int, width: int, peers: int, streams: int, by_kernel: bool) -> list[Any]:
+        """A CUDA graph for each GPU."""
+        rows = size // width
+        count = max(peers, round(TOTAL_MIB * 2**20 / size / peers) * peers)
+        found = []
+        for rank in range(self.num_gpus):
+            ops = [Op.record(0, 0), *(Op.wait_event(s, 0) for s in range(1, streams))]
+            for idx in range(count):
+                distance = 1 + idx % peers
+                ops += Op.copies(
+                    (distance - 1) % streams,
+                    Place(0, 0),
+                    # A place of its own for each sender.
+                    Place(distance, distance * self.half // self.num_gpus),
+                    shape=(rows, width),
+                    src_stride=(PITCH, 1),
+                    dst_stride=(width, 1),
+                    itemsize=1,
+                    by_kernel=by_kernel,
+                )
+            for stream in range(1, streams):
+                ops += [Op.record(stream, stream), Op.wait_event(0, stream)]
+            found.append(self._captured(rank, ops, streams))
+        return found
+
+    @property
+    def half(self) -> int:
+        """Sources fill the first half of each GPU's memory, targets the second."""
+        return self.memory[0].nbytes // 2
+
+    def _captured(self, rank: int, ops: list[Op], streams: int) -> torch.cuda.CUDAGraph:
+        with torch.cuda.device(rank):
+            program = self.lib.program(ops)
+            others = [self.memory[(rank + d) % self.num_gpus] for d in range(1, self.num_gpus)]
+            targets = [x.data_ptr() + self.half for x in others][: program.num_bases - 1]
+            handles = [torch.cuda.Stream(rank) for _ in range(streams)]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=handles[0]):
+                bases = [self.memory[rank].data_ptr(), *targets]
+                program.run(bases=bases, streams=[s.cuda_stream for s in handles])
+            return graph
+
+    def microseconds(self, graphs: list[Any]) -> float:
+        """Of the slowest GPU, all replaying at once; median over samples."""
+        samples = []
+        for _ in range(NUM_SAMPLES + 1):
+            events = []
+            for rank in range(self.num_gpus):
+                torch.cuda.synchronize(rank)
+            for rank, graph in enumerate(graphs):
+                with torch.cuda.device(rank):
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    graph.replay()
+                    end.record()
+                    events.append((start, end))
+            for rank in range(self.num_gpus):
+                torch.cuda.synchronize(rank)
+            samples.append(max(start.elapsed_time(end) * 1e3 for start, end in events))
+        return statistics.median(samples[1:])
+
+
+def measure(num_gpus: int) -> list[dict[str, Any]]:
+    lib = native.load()
+    most = int(max(SIZES_MIB) * 2**20)
+    # A copy of narrow rows reaches over PITCH / width times its size.
+    num_bytes = 2 * max(most * PITCH // min(ROW_BYTES), most * num_gpus)
+    memory = {
+        rank: torch.zeros(num_bytes, dtype=torch.uint8, device=f"cuda:{rank}")
+        for rank in range(num_gpus)
+    }
+    for a, b in itertools.permutations(range(num_gpus), 2):
+        memory[b][:16].copy_(memory[a][:16])  # torch enables peer access
+    pushes = Pushes(lib, num_gpus, memory)
+    found = []
+    for mib, width, peers, by_kernel in itertools.product(
+        SIZES_MIB, ROW_BYTES, sorted({1, num_gpus - 1}), (False, True)
+    ):
+        size = int(mib * 2**20) // width * width
+        for streams in sorted({1, peers}):
+            graphs = pushes.graphs(size, width, peers, streams, by_kernel)
+            us = pushes.microseconds(graphs)
+            count = max(peers, round(TOTAL_MIB * 2**20 / size / peers) * peers)
+            found.append(
+                {
+                    "mib": mib,
+                    "row_bytes": width,
+                    "peers_in_turn": peers,
+                    "streams": streams,
+                    "by": "kernel" if by_kernel else "engines",
+                    "us_a_copy": round(us / count, 2),
+                    "gb_per_s": round(count * size / us / 1e3, 1),
+                }
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peer_copies", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    args = parser.parse_args()
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2:
+        parser.error(f"needs at least 2 GPUs, {num_gpus} here")
+    results = measure(num_gpus)
+    table = Table(title=f"{num_gpus} GPUs push at once, GB/s out of each")
+    for heading in results[0]:
+        table.add_column(heading.replace("_", " "), justify="right")
+    for result in results:
+        table.add_row(*map(str, result.values()))
+    Console(highlight=False, markup=False).print(table)
+    if args.json is not None:
+        report = environment("benchmarks.peer_copies") | {
+            "benchmark": "peer_copies",
+            "hardware": machine.hardware(),
+            "versions": machine.versions(),
+        }
+        write_json(args.json, report | {"results": results})
+
+
+if __name__ == "__main__":
+    main()
