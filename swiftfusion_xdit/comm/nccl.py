@@ -80,10 +80,11 @@ class _Layer:
 class NcclCommunicator(StreamCommunicator):
     """Ranks of ``group``, each with a GPU, on any hosts; collective to build.
 
-    Transfers go through ``group`` if its backend is NCCL, and are then ordered with whatever else
-    is called on it, the same on every rank; otherwise through an NCCL group made here. ``bind``
-    comes before the first layer, every call of a layer between ``begin_layer`` and ``end_layer``,
-    in the order of the program.
+    Transfers go through an NCCL group made here, whose kernels come before others that wait for
+    multiprocessors: were a transfer to queue behind the attention call that is to hide it, nothing
+    would overlap. Where such a group cannot be made (see ``_can_make_group``), they go through
+    ``group``. ``bind`` comes before the first layer, every call of a layer between ``begin_layer``
+    and ``end_layer``, in the order of the program.
 
     Raises:
         ValueError: on every rank: a rank has no GPU, or two share one.
@@ -115,15 +116,14 @@ class NcclCommunicator(StreamCommunicator):
         self._transfers: dict[int, list[_Transfers]] = {}  # by buffer number, then parity
         self._layer: _Layer | None = None
         self._global_ranks = [dist.get_global_rank(group, peer) for peer in range(self.size)]
-        # Where the group is NCCL's, its communicator serves: another one would take memory, and
-        # where communicators are split from the world's, need ranks outside the group to help.
-        self._owns_group = "nccl" not in dist.get_backend(group)
+        self._owns_group = "nccl" not in dist.get_backend(group) or _can_make_group(group)
         self._nccl = group
         if self._owns_group:
             self._nccl = dist.new_group(
                 dist.get_process_group_ranks(group),
                 backend="nccl",
                 use_local_synchronization=True,
+                pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True),
                 # The watchdog reports first, and names the step.
                 timeout=timedelta(seconds=2 * timeout_s + 60),
             )
@@ -292,3 +292,13 @@ class NcclCommunicator(StreamCommunicator):
         if self._layer is None:
             raise RuntimeError("transport nccl moves data between begin_layer and end_layer only")
         return self._layer
+
+
+def _can_make_group(group: dist.ProcessGroup) -> bool:
+    """Whether an NCCL group of these ranks can be made by these ranks alone.
+
+    Where the default group is bound to a device, torch splits communicators from its own, and every
+    rank of the default group has to take part.
+    """
+    default = dist.group.WORLD
+    return default is None or default.bound_device_id is None or group.size() == default.size()
