@@ -73,9 +73,9 @@ def test_a_layer_shows_each_side_at_its_best_and_what_failed_not_at_all(tmp_path
     (section,) = performance.read(tmp_path)
     assert section.rows == (
         ("flux1024", "xDiT's best", "xDiT usp u1 r2 FLASH_4", "4.000", "2.00", "2.000"),
-        ("flux1024", "torus, eager", "torus, fa4", "3.000", "1.50", "1.000"),
-        ("flux1024", "torus, CUDA graph", "torus, fa4", "2.500", "1.25", "0.500"),
-        ("flux1024", "torus, best schedule", "fused, fa4", "2.400", "1.20", "0.400"),
+        ("flux1024", "torus, eager", "torus on ring=2, fa4", "3.000", "1.50", "1.000"),
+        ("flux1024", "torus, CUDA graph", "torus on ring=2, fa4", "2.500", "1.25", "0.500"),
+        ("flux1024", "torus, best schedule", "fused on ring=2, fa4", "2.400", "1.20", "0.400"),
     )
     assert section.title == "One attention layer on 2 x GPU (NV18), nvshmem"
     assert [round(bar.median, 2) for bar in section.bars] == [2.0, 1.5, 1.25, 1.2]

@@ -7,6 +7,7 @@ section with its hardware, versions and command, a table and a bar chart. What i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -106,7 +107,10 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
             rows.append((shape, label, what, *cells))
             quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
             bars.append(Bar(shape, label, *quartiles))
-    transport = "" if settings["transport"] == "auto" else f", {settings['transport']}"
+    machines = settings.get("machines", 1)
+    played = f", played as {machines} {'hosts' if settings.get('tcp') else 'machines'}"
+    over = f", {settings['transport']}" + (" over TCP" if settings.get("tcp") else "")
+    transport = (played if machines > 1 else "") + ("" if settings["transport"] == "auto" else over)
     return Section(
         name=name,
         title=f"One attention layer on {_gpus(report)}{transport}",
@@ -121,7 +125,7 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
 
 
 _LAYER_CASES: dict[str, Callable[[dict[str, Any], str], bool]] = {
-    "xDiT's best": lambda case, mode: case["kind"] == "usp",
+    "xDiT's best": lambda case, mode: case["kind"] in ("usp", "tas"),
     "torus, eager": lambda case, mode: (case["schedule"], mode) == ("auto", "eager"),
     "torus, CUDA graph": lambda case, mode: (case["schedule"], mode) == ("auto", "graph"),
     "torus, best schedule": lambda case, mode: case["kind"] == "torus",
@@ -129,8 +133,10 @@ _LAYER_CASES: dict[str, Callable[[dict[str, Any], str], bool]] = {
 
 
 def _schedule_of(case: dict[str, Any]) -> str:
-    schedule = case["plan"].split("schedule ")[1].split(",")[0]
-    return f"{schedule}, {case['backend']}"
+    found = re.search(r"mesh (\S+), schedule (\w+)", case["plan"])
+    assert found is not None, case["plan"]
+    degrees = [degree for degree in found[1].split(",") if not degree.endswith("=1")]
+    return f"{found[2]} on {' '.join(degrees)}, {case['backend']}"
 
 
 def step_section(name: str, report: dict[str, Any]) -> Section:
