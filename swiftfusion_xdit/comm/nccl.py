@@ -119,13 +119,16 @@ class NcclCommunicator(StreamCommunicator):
         self._owns_group = "nccl" not in dist.get_backend(group) or _can_make_group(group)
         self._nccl = group
         if self._owns_group:
+            # The watchdog reports first, and names the step.
+            timeout = timedelta(seconds=2 * timeout_s + 60)
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = timeout  # as torch does; it warns if the two differ
             self._nccl = dist.new_group(
                 dist.get_process_group_ranks(group),
                 backend="nccl",
                 use_local_synchronization=True,
-                pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True),
-                # The watchdog reports first, and names the step.
-                timeout=timedelta(seconds=2 * timeout_s + 60),
+                pg_options=options,
+                timeout=timeout,
             )
         # Connects now: a first use inside a graph capture would be too late.
         dist.all_reduce(torch.zeros(1, device=self.device), group=self._nccl)
