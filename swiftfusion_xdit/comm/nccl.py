@@ -298,10 +298,14 @@ class NcclCommunicator(StreamCommunicator):
 
 
 def _can_make_group(group: dist.ProcessGroup) -> bool:
-    """Whether an NCCL group of these ranks can be made by these ranks alone.
+    """Whether an NCCL group of these ranks can be made by these ranks alone. Collective.
 
     Where the default group is bound to a device, torch splits communicators from its own, and every
-    rank of the default group has to take part.
+    rank of the default group has to take part. And torch names such a group after the number of
+    groups that a rank knows, which must be the same on all.
     """
     default = dist.group.WORLD
-    return default is None or default.bound_device_id is None or group.size() == default.size()
+    if default is not None and default.bound_device_id is not None:
+        return group.size() == default.size()
+    num_known = segment.exchange(group, [len(dist.distributed_c10d._world.pg_names)])
+    return all(each == num_known[0] for each in num_known)
