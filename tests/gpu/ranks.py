@@ -5,6 +5,7 @@ Ranks that share a GPU take turns on it: what they compute must be the same, how
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+MOST_SECONDS = 300.0  # then a rank shows where it is, and all end
 # The smallest group, and all GPUs (of an odd number, all but one).
 RANKS = sorted({2, max(2, torch.cuda.device_count() // 2 * 2)})
 
@@ -38,6 +40,7 @@ def _start(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
     device = 0 if share else rank
     os.environ["LOCAL_RANK"] = str(device)  # xDiT goes by it
     torch.cuda.set_device(device)
@@ -51,3 +54,4 @@ def _start(
     torch.save(result, f"{directory}/result{rank}")
     torch.cuda.synchronize()
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()

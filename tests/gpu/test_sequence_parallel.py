@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -47,8 +48,11 @@ def inputs(rank: int, seed: int, lengths: list[tuple[int, ...]], heads: tuple[in
 
 def attend(rank: int, num_ranks: int, backend: str) -> list[tuple[str, float]]:
     errors = []
+    start_s = time.monotonic()
     for mesh in meshes_of(num_ranks):
         for schedule in SCHEDULES:
+            if rank == 0:  # kernels may have to be compiled first, which takes minutes
+                print(f"{mesh} {schedule} after {time.monotonic() - start_s:.1f} s", flush=True)
             with SequenceParallel(
                 mesh=mesh, schedule=schedule, backend=backend, device="cuda"
             ) as sp:
