@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +46,25 @@ class Machine:
         default_factory=lambda: defaultdict(deque)
     )
     current: FakeStream = FakeStream(0)
+    captured: list[Callable[[], None]] | None = None  # what a capture under way has got so far
+    aliases: dict[int, int] = field(default_factory=dict)  # streams of a capture, in a replay
+
+    @contextmanager
+    def on(self, stream: FakeStream) -> Iterator[None]:
+        """``torch.cuda.stream``."""
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def submit(self, enqueue: Callable[[], None]) -> None:
+        """The host enqueues something, or adds it to the capture that is under way."""
+        if self.captured is not None:
+            self.captured.append(enqueue)
+        else:
+            enqueue()
 
     def enqueue(self, stream: int, name: str, run: Callable[[], None], ready: Ready) -> None:
-        self.queues[stream].append((name, ready, run))
+        self.queues[self.aliases.get(stream, stream)].append((name, ready, run))
 
     def drain(self) -> None:
         """Run until every stream is empty.
@@ -64,6 +82,28 @@ class Machine:
                 if not self.queues[stream] or not self.queues[stream][0][1]():
                     break
                 self.queues[stream].popleft()[2]()
+
+
+class FakeGraph:
+    """``torch.cuda.CUDAGraph``: enqueues again what was enqueued while it was captured."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._enqueued: list[Callable[[], None]] = []
+        self._stream = FakeStream(0)
+
+    def capture_begin(self, *, capture_error_mode: str) -> None:
+        self._machine.captured, self._stream = self._enqueued, self._machine.current
+
+    def capture_end(self) -> None:
+        self._machine.captured = None
+
+    def replay(self) -> None:
+        machine = self._machine
+        machine.aliases = {self._stream.cuda_stream: machine.current.cuda_stream}
+        for enqueue in self._enqueued:
+            enqueue()
+        machine.aliases = {}
 
 
 class FakeProgram:
@@ -84,16 +124,17 @@ class FakeProgram:
 
     def run(self, begin: int, end: int) -> None:
         for op in self.ops[begin:end]:
-            self._enqueue(op)
+            src, dst = (
+                offset if base < 0 else self._bases[base] + offset
+                for base, offset in ((op.src_base, op.src_offset), (op.dst_base, op.dst_offset))
+            )
+            stream = self._streams[op.stream]
+            self.machine.submit(partial(self._enqueue, op, src, dst, stream))
 
-    def _enqueue(self, op: Op) -> None:
-        src, dst = (
-            offset if base < 0 else self._bases[base] + offset
-            for base, offset in ((op.src_base, op.src_offset), (op.dst_base, op.dst_offset))
-        )
+    def _enqueue(self, op: Op, src: int, dst: int, stream: int) -> None:
         kind = OpKind(op.kind)
         run, ready = self._meaning(op, kind, src, dst)
-        self.machine.enqueue(self._streams[op.stream], f"{kind.name} {src:#x}", run, ready)
+        self.machine.enqueue(stream, f"{kind.name} {src:#x}", run, ready)
 
     def _meaning(
         self, op: Op, kind: OpKind, src: int, dst: int
@@ -140,7 +181,8 @@ class FakeNative:
 
     def sf_merge(self, reference: Any, stream: int) -> int:
         args = MergeArgs.from_buffer_copy(reference._obj)
-        self.machine.enqueue(stream, "merge", lambda: _merge(args), lambda: True)
+        enqueue = self.machine.enqueue
+        self.machine.submit(lambda: enqueue(stream, "merge", lambda: _merge(args), lambda: True))
         return 0
 
     def check(self, status: int) -> None:
@@ -184,8 +226,8 @@ class StreamedBackend(CpuBackend):
                 out.copy_(result)
                 lse.copy_(found)
 
-            stream = self.machine.current.cuda_stream
-            self.machine.enqueue(stream, "attend", run, lambda: True)
+            stream, enqueue = self.machine.current.cuda_stream, self.machine.enqueue
+            self.machine.submit(lambda: enqueue(stream, "attend", run, lambda: True))
 
         return launch
 
@@ -193,7 +235,20 @@ class StreamedBackend(CpuBackend):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, remote: RemoteKeys
     ) -> None:
         """Begins at once, reads each head of a chunk as soon as its flag is set, then ends."""
-        stream, heads = self.machine.current.cuda_stream, k.shape[2]
+        stream = self.machine.current.cuda_stream
+        self.machine.submit(partial(self._enqueue_fused, stream, q, k, v, scale, out, remote))
+
+    def _enqueue_fused(
+        self,
+        stream: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        out: Tensor,
+        remote: RemoteKeys,
+    ) -> None:
+        heads = k.shape[2]
         keys, values = (x.new_full((len(x), remote.num_keys, *x.shape[2:]), NAN) for x in (k, v))
         rows = remote.num_rows
         like = k.new_empty((len(k), rows, *k.shape[2:]))

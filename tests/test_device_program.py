@@ -14,6 +14,7 @@ from swiftfusion_xdit.attention.reference import reference_attention, relative_e
 from swiftfusion_xdit.comm.stream import StreamBuffer, memory_bytes
 from swiftfusion_xdit.device_runtime import DeviceRunner, calls, scratch
 from swiftfusion_xdit.device_runtime.fused import FusedCall
+from swiftfusion_xdit.device_runtime.graphs import MOST_GRAPHS, LayerGraphs
 from swiftfusion_xdit.device_runtime.program import STREAMS
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.native.ops import OpKind
@@ -24,6 +25,7 @@ from swiftfusion_xdit.topology import Topology
 from tests.meshes import meshes_of
 from tests.sp_cases import uneven
 from tests.stream_machine import (
+    FakeGraph,
     FakeNative,
     FakeProgram,
     FakeStream,
@@ -67,7 +69,8 @@ class Ranks:
             self.machine.current = streams[0]  # each rank's own process has this one
             return streams
 
-        runner._streams = SimpleNamespace(enter=enter)
+        runner._streams = SimpleNamespace(enter=enter, capture=FakeStream(-1 - rank))
+        runner._graphs = None
         address = self.notes.data_ptr()
         runner.notes = SimpleNamespace(
             begin_notes=lambda: [(address, 1), (address + 4, 1)],
@@ -125,6 +128,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         "current_stream": lambda device=None: machine.current,
         "is_current_stream_capturing": lambda: False,
         "synchronize": machine.drain,
+        "CUDAGraph": lambda: FakeGraph(machine),
+        "stream": machine.on,
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
     # It says that tensors must be on a GPU.
@@ -293,3 +298,84 @@ def test_each_peer_is_put_to_on_a_stream_of_its_own(
             streams.setdefault(peer, set()).add(op.stream)
     assert len(streams) == lanes and all(len(each) == 1 for each in streams.values())
     assert len(set.union(*streams.values())) == lanes
+
+
+def check_repeated(
+    plan: Plan, machine: Machine, seed: int, *, ranks_with_graphs: set[int], steps: int = 6
+) -> Ranks:
+    """Steps of three layers, each with inputs and a result at addresses of its own."""
+    machine.seed, ranks = seed, Ranks(plan, machine)
+    places = [[rows(plan, rank, seed=0) for rank in range(plan.mesh.size)] for _ in range(3)]
+    outs: dict[int, Tensor] = {}
+    for runner in ranks.runners:
+        runner._graphs = LayerGraphs() if runner.rank in ranks_with_graphs else None
+        runner._result_like = lambda q: outs.setdefault(q.data_ptr(), torch.empty_like(q))
+    for step in range(steps):
+        for layer, place in enumerate(places):
+            for runner, mine in zip(ranks.runners, place, strict=True):
+                fresh = rows(plan, runner.rank, seed=9 * step + layer)
+                for x, values in zip(mine, fresh, strict=True):
+                    x.copy_(values)
+                runner.run(*mine, scale=0.3)
+        machine.drain()
+        for layer, place in enumerate(places):
+            expected = reference_attention(*whole(plan, 9 * step + layer), scale=0.3)
+            parts = expected.split(list(plan.shape.query_lengths), dim=1)
+            for mine, part in zip(place, parts, strict=True):
+                if part.numel():
+                    error = relative_error(outs[mine[0].data_ptr()], part)
+                    assert error <= 1e-5, f"step {step}, layer {layer}: {error:.2g}"
+    return ranks
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_of("torus", Mesh(2, 1, 2)),
+        plan_of("folded", Mesh(torus=4)),
+        plan_of("pipelined", Mesh(1, 2, 2), 2),
+        fused_plan((131, 290, 259), 3),
+    ],
+    ids=lambda plan: plan.schedule.name,
+)
+def test_layers_that_come_again_are_repeated_as_graphs(
+    plan: Plan, some: bool, machine: Machine
+) -> None:
+    """Peers cannot tell: some ranks may repeat graphs while others enqueue."""
+    size = plan.mesh.size
+    chosen = set(range(0, size, 2)) if some else set(range(size))
+    for seed in range(2):
+        ranks = check_repeated(plan, machine, seed, ranks_with_graphs=chosen)
+        for runner in ranks.runners:
+            # Three places, even and odd layers; captured when they came for the second time.
+            found = 0 if runner._graphs is None else len(runner._graphs._graphs)
+            assert found == (6 if runner.rank in chosen else 0)
+
+
+def test_what_cannot_be_captured_is_enqueued(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: FakeGraph, **_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeGraph, "capture_begin", refuse)
+    check_repeated(plan_of("torus", Mesh(torus=2)), machine, 0, ranks_with_graphs={0, 1})
+    assert [record.message for record in caplog.records] == [
+        "layers are not captured in graphs: operation not permitted when stream is capturing"
+    ] * 2
+
+
+def test_room_for_graphs_has_an_end(machine: Machine) -> None:
+    graphs, stream = LayerGraphs(), FakeStream(-1)
+    for number in range(MOST_GRAPHS):
+        assert not graphs.is_wanted(number) and graphs.is_wanted(number)
+        assert graphs.capture(number, stream, lambda: None) is graphs.find(number)
+    assert not graphs.is_wanted("one more") and not graphs.is_wanted("one more")
+
+
+def test_layers_of_another_scale_are_enqueued(machine: Machine) -> None:
+    """Their attention calls take memory of their own, which a graph would hold on to."""
+    plan = plan_of("torus", Mesh(torus=2))
+    (compiled, *_) = Ranks(plan, machine).runners[0]._compiled.values()
+    assert compiled.repeats(0.3) and not compiled.repeats(0.5)

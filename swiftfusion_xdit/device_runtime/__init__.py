@@ -15,10 +15,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from swiftfusion_xdit import envs
 from swiftfusion_xdit.attention import Backend
 from swiftfusion_xdit.comm import Communicator, Flag
 from swiftfusion_xdit.comm.stream import StreamCommunicator
 from swiftfusion_xdit.device_runtime import scratch
+from swiftfusion_xdit.device_runtime.graphs import LayerGraphs
 from swiftfusion_xdit.device_runtime.program import STREAMS, Compiled, Compiler, Strides
 from swiftfusion_xdit.native import Native
 from swiftfusion_xdit.plan import NUM_PARITIES, Plan
@@ -37,6 +39,7 @@ class SideStreams:
         self._device = device
         self._side = [torch.cuda.Stream(device) for _ in STREAMS[1:]]
         self._last = torch.cuda.current_stream(device)
+        self.capture = torch.cuda.Stream(device)  # stands for the current one in a capture
 
     def enter(self) -> list[torch.cuda.Stream]:
         """The streams of one layer, in the order of ``STREAMS``; the first is the current one.
@@ -71,6 +74,7 @@ class DeviceRunner(LayerRunner):
         self._compiled: dict[tuple[int, Strides], Compiled] = {}
         self.notes = comm.heartbeat
         self.timeout_s = comm.timeout_s
+        self._graphs = LayerGraphs() if envs.get("LAYER_GRAPHS") else None
         super().__init__(plan, comm, backend)
         comm.name_flags(self.buffer, self._own_flags())
 
@@ -113,38 +117,61 @@ class DeviceRunner(LayerRunner):
         if events is not None:
             raise NotImplementedError("recording the events of a layer on a GPU")
         q, k, v = (_copyable(tensor) for tensor in (q, k, v))
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = self._result_like(q)
         layer = Layer({"q": q, "k": k, "v": v}, out, scale, None)
         compiled = self._compile_for(layer)
         streams = self._streams.enter()
-        bases = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
         self._comm.layer_context = context
-        try:
-            self._run_parts(compiled, layer, bases, streams)
-        finally:
-            torch.cuda.set_stream(streams[0])
+        if not self._repeat(compiled, layer, streams):
+            self._run_parts(compiled, layer, streams)
         for link, num_bytes, num_messages in self._sent:
             self._comm.counters.add(link, num_bytes, num_messages=num_messages)
         self._num_layers += 1
         return out
 
+    def _result_like(self, q: Tensor) -> Tensor:
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+    def _repeat(self, compiled: Compiled, layer: Layer, streams: list[torch.cuda.Stream]) -> bool:
+        """Run a layer that has come before by its graph, if there is or can be one."""
+        if self._graphs is None or torch.cuda.is_current_stream_capturing():
+            return False
+        tensors = (*layer.inputs.values(), layer.out)
+        key = (id(compiled), layer.scale, *(tensor.data_ptr() for tensor in tensors))
+        graph = self._graphs.find(key)
+        if graph is None:
+            if not self._graphs.is_wanted(key) or not compiled.repeats(layer.scale):
+                return False
+            captured = [self._streams.capture, *streams[1:]]
+            graph = self._graphs.capture(
+                key, captured[0], lambda: self._run_parts(compiled, layer, captured)
+            )
+            if graph is None:
+                return False
+        graph.replay()
+        return True
+
     def _run_parts(
-        self, compiled: Compiled, layer: Layer, bases: list[int], streams: list[torch.cuda.Stream]
+        self, compiled: Compiled, layer: Layer, streams: list[torch.cuda.Stream]
     ) -> None:
         program, at = compiled.program, 0
+        bases = [tensor.data_ptr() for tensor in (*layer.inputs.values(), layer.out)]
         bases += [0] * len(compiled.bases)
         handles = [stream.cuda_stream for stream in streams[: program.num_streams]]
         program.bind(bases[: program.num_bases], handles)
-        for part in compiled.parts:
-            if isinstance(part, tuple):
-                program.run(*part)
-                continue
-            if part.stream != at:
-                at = part.stream
-                torch.cuda.set_stream(streams[at])
-            part(layer)
-            for key in part.outputs:
-                program.set_base(compiled.bases[key], layer.finished[key].data_ptr())
+        try:
+            for part in compiled.parts:
+                if isinstance(part, tuple):
+                    program.run(*part)
+                    continue
+                if part.stream != at:
+                    at = part.stream
+                    torch.cuda.set_stream(streams[at])
+                part(layer)
+                for key in part.outputs:
+                    program.set_base(compiled.bases[key], layer.finished[key].data_ptr())
+        finally:
+            torch.cuda.set_stream(streams[0])
 
     @cached_property
     def _sent(self) -> list[tuple[Link, int, int]]:

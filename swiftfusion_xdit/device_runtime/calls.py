@@ -72,6 +72,10 @@ class AttendCall:
             self._scale = layer.scale
         self(layer)
 
+    def repeats(self, scale: float) -> bool:
+        """Whether all memory but the layer's own is the same in every call."""
+        return self._launch is not None and scale == self._scale
+
     def __call__(self, layer: Layer) -> None:
         q, k, v = (operand(layer) for operand in self._operands)
         if self._launch is not None and layer.scale == self._scale:
@@ -130,6 +134,10 @@ class MergeCall:
             self._args = merge_args(partials, out=out)
             self._offset = out.data_ptr() - layer.out.data_ptr()
         self(layer)
+
+    def repeats(self, scale: float) -> bool:
+        """As of an AttendCall."""
+        return self._args is not None
 
     def __call__(self, layer: Layer) -> None:
         partials, out = layer.partials.pop(self._key), self._out

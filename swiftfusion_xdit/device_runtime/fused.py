@@ -102,6 +102,10 @@ class FusedCall:
         begins = torch.zeros_like(remote.begins)
         self._run(layer, replace(remote, begins=begins, clears=nothing, frees=nothing))
 
+    def repeats(self, scale: float) -> bool:
+        """As of an AttendCall."""
+        return True
+
     def __call__(self, layer: Layer) -> None:
         self._run(layer, self._remote)
 

@@ -47,6 +47,10 @@ class Compiled:
     parts: list[tuple[int, int] | Call]  # a range of operations, or a call
     bases: dict[Output, int]  # where finished outputs stand in the table of addresses
 
+    def repeats(self, scale: float) -> bool:
+        """Whether layers of this scale differ in nothing but the addresses of inputs and result."""
+        return all(part.repeats(scale) for part in self.parts if not isinstance(part, tuple))
+
 
 class Compiler:
     """Turns one rank's program into native operations, for one parity and set of strides."""

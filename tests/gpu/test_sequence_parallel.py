@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -124,6 +125,34 @@ def test_graph_replays_give_the_same_bits(schedule: str, backend: str, num_ranks
 def test_ten_thousand_replays(schedule: str, num_ranks: int) -> None:
     found = run_on_gpus(num_ranks, replay, schedule, need("fa4"), 10_000)
     assert found == ["same bits"] * num_ranks
+
+
+def come_again(rank: int, num_ranks: int, schedule: str, turns: int) -> str:
+    """Eager layers at the same addresses, with and without graphs of their own."""
+    lengths = [uneven(500 * num_ranks + 1, num_ranks)] * 2
+    mesh = Mesh(ring=num_ranks) if schedule == "fused" else Mesh(torus=2, ring=num_ranks // 2)
+    os.environ["SWIFTFUSION_LAYER_GRAPHS"] = "1"
+    with SequenceParallel(mesh=mesh, schedule=schedule, backend="fa4", device="cuda") as sp:
+        cases = [inputs(rank, seed, lengths, (8, 8))[0] for seed in range(3)]
+        places = [[x.clone() for x in case] for case in cases]
+        expected = [sp.attention(*case).clone() for case in cases]
+        for turn in range(turns):
+            for number, place in enumerate(places):
+                case = (turn * (number + 1)) % 3
+                for x, y in zip(place, cases[case], strict=True):
+                    x.copy_(y)
+                if not torch.equal(sp.attention(*place), expected[case]):
+                    return f"turn {turn} differs"
+        (runner,) = sp._runners.values()
+        graphs = runner._graphs._graphs  # type: ignore[attr-defined]
+        return "same bits" if graphs else "no layer was captured"
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_layers_that_come_again_give_the_same_bits(schedule: str, num_ranks: int) -> None:
+    need("fa4")
+    assert run_on_gpus(num_ranks, come_again, schedule, 200) == ["same bits"] * num_ranks
 
 
 def planned(rank: int, num_ranks: int) -> tuple[float, str]:
