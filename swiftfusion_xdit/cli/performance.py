@@ -1,15 +1,17 @@
 """`swiftfusion bench report`: pages and pictures from the files that benchmarks left.
 
-Reads what `bench layer --json` and `benchmarks/model_step.py --json` wrote. Each file becomes a
-section with its hardware, versions and command, a table and a bar chart. What is slower is in it.
+Reads what `bench layer --json`, `benchmarks/model_step.py --json` and `benchmarks/layer_trace.py`
+wrote. Each file becomes a section with its hardware, versions and command, a table and a bar chart,
+and the timelines that lie beside it. What is slower is in it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,14 +45,19 @@ class Section:
     unit: str
     bars: tuple[Bar, ...]
     line: float | None = None  # where nothing is left to gain
+    timelines: tuple[tuple[str, Path], ...] = ()  # what each shows, and the picture
 
-    def markdown(self, picture: str) -> str:
-        """The section of a page that lies beside the folder with the picture."""
+    def markdown(self, folder: str) -> str:
+        """The section of a page that lies beside the folder with the pictures."""
         aligned = [":--" if i < TEXT_COLUMNS else "--:" for i in range(len(self.heading))]
         table = "\n".join(
             f"| {' | '.join(cells)} |" for cells in (self.heading, tuple(aligned), *self.rows)
         )
-        return f"## {self.title}\n\n![{self.title}]({picture})\n\n{table}\n\n{self.text}\n"
+        shown = [(self.title, f"{self.name}.png")]
+        shown += [(what, path.name) for what, path in self.timelines]
+        chart, *timelines = (f"![{what}]({folder}/{name})" for what, name in shown)
+        parts = (f"## {self.title}", chart, table, *timelines, self.text)
+        return "\n\n".join(parts) + "\n"
 
 
 def read(directory: Path) -> list[Section]:
@@ -65,7 +72,8 @@ def read(directory: Path) -> list[Section]:
         kind = report.get("benchmark") if isinstance(report, dict) else None
         make = _SECTIONS.get(str(kind))
         if make is not None and report["settings"]["device"] == "cuda":
-            sections.append(make(path.stem, report))
+            section = make(path.stem, report)
+            sections.append(replace(section, timelines=_timelines(report, directory)))
     if not sections:
         raise ValueError(f"RESULTS must hold files of bench layer or model_step, got {directory}")
     return sections
@@ -73,7 +81,7 @@ def read(directory: Path) -> list[Section]:
 
 def page(sections: Iterable[Section], folder: str) -> str:
     """The whole page; pictures lie in ``folder``, seen from the page."""
-    parts = [section.markdown(f"{folder}/{section.name}.png") for section in sections]
+    parts = [section.markdown(folder) for section in sections]
     return f"{HEAD}\n\n# Performance\n\n" + "\n".join(parts)
 
 
@@ -179,8 +187,60 @@ _STEP_CASES: dict[str, Callable[[dict[str, Any]], bool]] = {
         ("ceiling", "without communication"),
     )
 }
+
+
+def trace_section(name: str, report: dict[str, Any]) -> Section:
+    """`layer_trace`: how much of a layer passes without attention."""
+    rows: list[tuple[str, ...]] = []
+    bars: list[Bar] = []
+    for found in report["shapes"]:
+        shape = found["shape"]["name"]
+        for case in (case for case in found["cases"] if not case["failure"]):
+            label = _TRACE_LABELS[case["kind"]].format(**case)
+            which = _schedule_of(case) if case["plan"] else case["name"]
+            us = [case[f"{key}_us"]["median"] for key in ("layer", "attention", "exposed")]
+            us += [case["exposed_percent"], case["over_alone_us"]]
+            cells = ("" if number is None else f"{number:.1f}" for number in us)
+            rows.append((shape, label, which, *cells))
+            if case["kind"] != "floor":
+                quartiles = (case["exposed_us"][key] for key in ("q1", "median", "q3"))
+                bars.append(Bar(shape, label, *quartiles))
+    exposed, over = (_lower(report["method"][key]) for key in ("exposed", "over alone"))
+    heading = ("shape", "way", "which", "layer us", "attention us", "exposed us", "exposed %")
+    return Section(
+        name=name,
+        title=f"Where the time goes: one layer on {_gpus(report)}",
+        text=f"Exposed: {exposed} Over alone: {over} {_origin(name, report)}",
+        heading=(*heading, "over alone us"),
+        rows=tuple(rows),
+        unit="us of a layer without attention",
+        bars=tuple(bars),
+    )
+
+
+_TRACE_LABELS = {
+    "floor": "kernel alone, {mode}",
+    "usp": "xDiT's best, {mode}",
+    "torus": "torus/{schedule}, {mode}",
+}
 # ``flux_step`` is what model_step was called while it knew one model.
-_SECTIONS = {"layer": layer_section, "model_step": step_section, "flux_step": step_section}
+_SECTIONS = {
+    "layer": layer_section,
+    "model_step": step_section,
+    "flux_step": step_section,
+    "layer_trace": trace_section,
+}
+
+
+def _timelines(report: dict[str, Any], directory: Path) -> tuple[tuple[str, Path], ...]:
+    """The pictures that the benchmark left beside its file, those that are still there."""
+    shown = {
+        f"{found['shape']['name']}, {case['name']}, {case['mode']}": directory / case["picture"]
+        for found in report.get("shapes", ())
+        for case in found["cases"]
+        if case.get("picture")
+    }
+    return tuple((what, path) for what, path in shown.items() if path.exists())
 
 
 def _gpus(report: dict[str, Any]) -> str:
@@ -249,9 +309,14 @@ def write(results: Path, output: Path) -> list[Path]:
         ValueError, ImportError: see ``read`` and ``draw``.
     """
     sections = read(results)
-    pictures = [output / f"{section.name}.png" for section in sections]
-    for section, picture in zip(sections, pictures, strict=True):
-        draw(section, picture)
+    pictures = []
+    for section in sections:
+        pictures.append(output / f"{section.name}.png")
+        draw(section, pictures[-1])
+        for _, timeline in section.timelines:
+            pictures.append(output / timeline.name)
+            if timeline.resolve() != pictures[-1].resolve():
+                shutil.copyfile(timeline, pictures[-1])
     written = output.with_name(f"{output.name}.md")
     written.write_text(page(sections, output.name), encoding="utf-8")
     return [written, *pictures]
