@@ -144,6 +144,7 @@ class SequenceParallel:
         self._events: list[Event] | None = None
         self._streams: SideStreams | None = None
         self._planner: AutoPlanner | None = None
+        self._predicted_us: dict[AttentionShape, tuple[float, float]] = {}
         self._attention_calls = 0
 
     def _find_topology(self, num_ranks: int, machines: int | Topology | None) -> Topology:
@@ -262,6 +263,7 @@ class SequenceParallel:
         if len(self._runners) >= MAX_PLANS:
             oldest = next(iter(self._runners))
             runner = self._runners.pop(oldest)
+            self._predicted_us.pop(oldest, None)
             self._latest = {k: v for k, v in self._latest.items() if v[1] is not runner}
             runner.close()
         plan = self._choose_plan(shape)
@@ -312,6 +314,7 @@ class SequenceParallel:
                 can_fuse=can_fuse,
                 two_sided=not self._comm.addressable,
             )
+            self._predicted_us[shape] = choice.prediction.layer_us, choice.prediction.floor_us
             mesh, schedule, groups = choice.mesh, choice.schedule, choice.groups_per_rank
             edge = choice.edge_heads
             if schedule == "fused":  # the planner compares; the plan has a rule for these
@@ -369,6 +372,14 @@ class SequenceParallel:
     def plan(self) -> Plan | None:
         """The plan of the last call; None before the first."""
         return self._plan
+
+    @property
+    def predicted_us(self) -> tuple[float, float] | None:
+        """What the planner predicted for layers like the last one, and for their attention alone.
+
+        None where it was not asked: on CPUs, and where mesh and schedule were both given.
+        """
+        return self._predicted_us.get(self._plan.shape) if self._plan else None
 
     @property
     def mesh(self) -> Mesh | None:

@@ -123,6 +123,9 @@ def test_run_on_cpu_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             assert len(case["eager_ms"]) == 2 and min(case["eager_ms"]) > 0
             assert case["eager_of_floor"] > 0
             assert case["kind"] == "comm" or case["relative_error"] < 1e-5, case
+            if shape is even and case["kind"] == "torus":
+                # Half of the heads of the own rows of q, k, v, and as much output.
+                assert case["bytes_across"] == 4 * (64 // 2) * (4 // 2) * 16 * 4
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -165,6 +168,8 @@ def case(kind: str, backend: str, **found: Any) -> dict[str, Any]:
         "failure": None,
         "graph_failure": None,
         "graph_same_bits": True,
+        "predicted_of_floor": None,
+        "bytes_across": 0,
         "eager_ms": [],
         "graph_ms": [],
         "host_us": [],
@@ -180,7 +185,15 @@ FOUND = {
         case("floor", "cudnn", eager_ms=[3.0, 3.0, 3.0], host_us=[7.0] * 3),
         case("usp", "cudnn", eager_ms=[6.0, 3.0, 3.0], host_us=[50.0] * 3),
         case("usp", "fa4", failure="AttributeError: no LSE", relative_error=None),
-        case("torus", "fa4", eager_ms=[3.0] * 3, graph_ms=[1.5, 1.8, 2.1], host_us=[20.0] * 3),
+        case(
+            "torus",
+            "fa4",
+            eager_ms=[3.0] * 3,
+            graph_ms=[1.5, 1.8, 2.1],
+            host_us=[20.0] * 3,
+            predicted_of_floor=1.125,
+            bytes_across=12_340_000,
+        ),
     ],
 }
 
@@ -204,6 +217,7 @@ def test_table_shows_every_case_and_why_one_is_missing() -> None:
     text = console.export_text()
     for expected in ("torus [fa4]", "AttributeError: no LSE", "host us", "graph ms", "1.200", "20"):
         assert expected in text, text
+    assert "predicted 1.125, 12.3 MB across" in " ".join(text.split())
 
 
 def test_only_our_own_failures_count() -> None:

@@ -43,6 +43,8 @@ class Measured:
     graph_failure: str | None = None
     graph_same_bits: bool | None = None
     plan: str | None = None
+    predicted_of_floor: float | None = None
+    bytes_across: int = 0  # that this rank sends to other machines in a layer
     layers: int = 0
     eager_ms: list[float] = field(default_factory=list)
     graph_ms: list[float] = field(default_factory=list)
@@ -92,6 +94,8 @@ def joined(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "schedule": case.schedule or None,
         "mesh": case.mesh,
         "plan": ranks[0]["plan"],
+        "predicted_of_floor": ranks[0]["predicted_of_floor"],
+        "bytes_across": max(rank["bytes_across"] for rank in ranks),
         "relative_error": max(errors, default=None),
         "failure": ranks[0]["failure"],
         "graph_failure": ranks[0]["graph_failure"],

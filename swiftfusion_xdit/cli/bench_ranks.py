@@ -137,9 +137,11 @@ class LayerBench:
         try:
             layer = self.layer(case)
             layer()
+            if case in self._torus:
+                self._torus[case].reset_stats()
             out = layer()
             if case in self._torus:
-                found.plan = self._torus[case].describe()
+                self._note_plan(found, self._torus[case])
             if case.kind != "comm":
                 found.relative_error = self._error(case, out)
                 if not found.relative_error <= self._max_error(case):
@@ -150,6 +152,14 @@ class LayerBench:
         except Exception as error:
             failure = f"{type(error).__name__}: {_first_line(error)}"
         found.failure = self.ranks.first_failure(failure)
+
+    def _note_plan(self, found: Measured, sp: SequenceParallel) -> None:
+        """What was planned, what the planner predicted, what one layer has sent."""
+        found.plan = sp.describe()
+        if sp.predicted_us is not None:
+            layer_us, floor_us = sp.predicted_us
+            found.predicted_of_floor = round(layer_us / floor_us, 4)
+        found.bytes_across = sp.stats()["across_machines"]["bytes"]
 
     def _error(self, case: Case, out: Tensor) -> float:
         if case.kind == "floor":

@@ -26,6 +26,8 @@ METHOD = {
         "to the fastest floor of the shape, over kernels and over eager and graph; the median over "
         "rounds of the two times of a round, divided."
     ),
+    "predicted": "The planner's layer over its floor, where it chose the mesh or the schedule.",
+    "across": "What the rank that sends most sends to other machines in a layer, as counted.",
     "error": "Norm of the difference to attention in fp64 over its norm, on 32 query rows a rank.",
     "host": "Microseconds that the host takes to enqueue one eager layer, on the slowest rank.",
 }
@@ -107,7 +109,8 @@ def layer_table(summary: dict[str, Any], *, dtype: str, ranks: int) -> Table:
         if on_gpu:
             cells.append(f"{case['host']['median']:.0f}" if case["host"] else "")
         error = case["relative_error"]
-        table.add_row(*cells, "" if error is None else f"{error:.1e}", note(case))
+        said = "; ".join(text for text in (note(case), facts(case)) if text)
+        table.add_row(*cells, "" if error is None else f"{error:.1e}", said)
     return table
 
 
@@ -129,6 +132,14 @@ def note(case: dict[str, Any]) -> str:
     if case["graph_same_bits"] is False and case["kind"] != "comm":
         return "graph differs from eager in the last bits"
     return ""
+
+
+def facts(case: dict[str, Any]) -> str:
+    """What the planner predicted, and what a rank sends to other machines, where that is known."""
+    predicted, num_bytes = case["predicted_of_floor"], case["bytes_across"]
+    parts = [f"predicted {predicted:.3f}"] if predicted is not None else []
+    parts += [f"{num_bytes / 1e6:.1f} MB across"] if num_bytes else []
+    return ", ".join(parts)
 
 
 def broken(summary: dict[str, Any]) -> list[str]:

@@ -111,7 +111,13 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
             ratio, times = case[f"{mode}_of_floor"], case[mode]
             what = case["name"] if "xDiT" in label else _schedule_of(case)
             exposed_ms = times["median"] - floor_ms
-            cells = (f"{times['median']:.3f}", f"{ratio:.2f}", f"{exposed_ms:.3f}")
+            predicted = case.get("predicted_of_floor")
+            cells = (
+                f"{times['median']:.3f}",
+                f"{ratio:.2f}",
+                f"{exposed_ms:.3f}",
+                "" if predicted is None else f"{predicted:.2f}",
+            )
             rows.append((shape, label, what, *cells))
             quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
             bars.append(Bar(shape, label, *quartiles))
@@ -119,13 +125,16 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
     played = f", played as {machines} {'hosts' if settings.get('tcp') else 'machines'}"
     over = f", {settings['transport']}" + (" over TCP" if settings.get("tcp") else "")
     transport = (played if machines > 1 else "") + ("" if settings["transport"] == "auto" else over)
+    heading: tuple[str, ...] = ("shape", "way", "which", "ms", "/ floor", "exposed ms")
+    if any(row[-1] for row in rows):
+        heading += ("predicted / floor",)
     return Section(
         name=name,
         title=f"One attention layer on {_gpus(report)}{transport}",
         text=f"The floor is {_lower(report['method']['floor'])} Exposed: what a layer takes beyond "
         f"the floor. {_origin(name, report)}",
-        heading=("shape", "way", "which", "ms", "/ floor", "exposed ms"),
-        rows=tuple(rows),
+        heading=heading,
+        rows=tuple(row[: len(heading)] for row in rows),
         unit="time over the local kernel alone",
         bars=tuple(bars),
         line=1.0,
