@@ -31,7 +31,7 @@ def config(**changes: Any) -> BenchConfig:
         "meshes": (None,),
         "ranks": 2,
         "machines": 1,
-        "transport": "auto",
+        "transports": ("auto",),
         "dtype": "float32",
         "graph": False,
         "stock_graph": False,
@@ -60,6 +60,7 @@ def config(**changes: Any) -> BenchConfig:
         (["--backends", "fa4"], "--backends"),
         (["--mesh", "torus=3"], "--mesh"),
         (["--transport", "mail"], "--transport"),
+        (["--transport", "shm,shm"], "--transport"),
         (["--ranks", "1"], "--ranks"),
         (["--ranks", "4", "--machines", "3"], "--machines"),
         (["--rounds", "0"], "--rounds"),
@@ -98,6 +99,8 @@ def test_cases_cover_every_degree_schedule_and_mesh() -> None:
     ours = config(strategies=("torus",), meshes=(None, "ring=2"), parts=True).cases()
     assert [case.kind for case in ours] == ["floor", *["torus"] * 4, *["comm"] * 4]
     assert Case("torus", "cpu", schedule="pipelined", mesh="ring=2") in ours
+    over = [c.name for c in config(strategies=("torus",), transports=("shm", "auto")).cases()]
+    assert "torus/torus cpu over shm" in over and "torus/torus cpu over auto" in over
     grouped = [c.groups for c in config(strategies=("torus",), groups=(1, 3)).cases()]
     assert grouped == [None, None, None, 1, 3]  # floor, torus, pipelined thrice
 

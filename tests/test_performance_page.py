@@ -82,6 +82,36 @@ def test_a_layer_shows_each_side_at_its_best_and_what_failed_not_at_all(tmp_path
     assert "torch 2. Made with\n\n    swiftfusion bench layer" in section.text
 
 
+def test_several_machines_show_what_each_step_from_usp_to_torus_brings(tmp_path: Path) -> None:
+    report = layer_report()
+    report["settings"] = {
+        "device": "cuda",
+        "machines": 2,
+        "tcp": True,
+        "transports": ["nccl", "nvshmem"],
+    }
+    (shape,) = report["shapes"]
+    torus = dict(shape["cases"][3])
+    shape["cases"] += [
+        layer_case("tas", "xDiT tas FLASH_4", 3.5, None),
+        torus | {"transport": "nccl", "predicted_of_floor": 1.4},
+        layer_case("torus", "", 2.6, None, plan=torus["plan"], transport="nvshmem"),
+    ]
+    del shape["cases"][3:6]
+    (tmp_path / "layer.json").write_text(json.dumps(report))
+    (section,) = performance.read(tmp_path)
+    assert section.heading[-1] == "predicted / floor"
+    assert section.rows == (
+        ("flux1024", "xDiT's USP", "xDiT usp u1 r2 FLASH_4", "4.000", "2.00", "2.000", ""),
+        ("flux1024", "tas", "xDiT tas FLASH_4", "3.500", "1.75", "1.500", ""),
+        ("flux1024", "torus, NCCL", "torus on ring=2, fa4", "2.500", "1.25", "0.500", "1.40"),
+        ("flux1024", "torus, one-sided", "torus on ring=2, fa4", "2.600", "1.30", "0.600", ""),
+    )
+    assert section.title == (
+        "One attention layer on 2 x GPU (NV18), played as 2 hosts, nccl and nvshmem over TCP"
+    )
+
+
 def test_the_command_writes_a_page_and_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--mesh", action="append", help="also this mesh, as torus=T,ulysses=U,ring=R; repeatable")
     add("--ranks", type=int, help=f"ranks (all GPUs; on CPU {CPU_RANKS})")
     add("--machines", type=int, default=1, help="machines the ranks are split over (1)")
-    add("--transport", default="auto", help="as --sp-transport (auto)")
+    add("--transport", default="auto", help="as --sp-transport; of several, each (auto)")
     add("--tcp", action="store_true", help="NCCL takes TCP between machines: play several hosts")
     add("--dtype", help="bfloat16, float16, float32 (bfloat16; on CPU float32)")
     add("--graph", action=argparse.BooleanOptionalAction, help="also CUDA graphs (on GPUs)")
@@ -136,7 +136,7 @@ def make_config(args: argparse.Namespace) -> BenchConfig:
         meshes=(None, *dict.fromkeys(args.mesh or ())),
         ranks=ranks,
         machines=args.machines,
-        transport=args.transport,
+        transports=_words(args.transport),
         dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
         graph=on_gpu if args.graph is None else args.graph,
         stock_graph=args.stock_graph,

@@ -78,9 +78,9 @@ class Case:
     """One way to run the layer.
 
     ``kind`` is ``floor`` (the local kernel alone on this rank's share of the heads), ``torus``
-    (``SequenceParallel`` with ``schedule``), ``usp`` (xDiT's own function at ``ulysses`` x
-    ``ring``), ``tas`` (the same on the groups of ``--sp-strategy tas``) or ``comm`` (``torus``
-    with the attention kernel left out).
+    (``SequenceParallel`` with ``schedule``, over ``transport`` where several are compared), ``usp``
+    (xDiT's own function at ``ulysses`` x ``ring``), ``tas`` (the same on the groups of
+    ``--sp-strategy tas``) or ``comm`` (``torus`` with the attention kernel left out).
     """
 
     kind: str
@@ -90,6 +90,7 @@ class Case:
     mesh: str | None = None
     ulysses: int = 1
     ring: int = 1
+    transport: str | None = None
     combined: bool = False  # xDiT's: q, k and v in one all-to-all, as some of its models ask for
 
     @property
@@ -107,6 +108,7 @@ class Case:
             return f"xDiT tas{combined} {XDIT_BACKENDS[self.backend]}"
         text = f"torus/{self.schedule} {self.backend}" + (f" {self.mesh}" if self.mesh else "")
         text += f" in {self.groups} groups" if self.groups else ""
+        text += f" over {self.transport}" if self.transport else ""
         return f"communication alone: {text}" if self.kind == "comm" else text
 
 
@@ -127,7 +129,7 @@ class BenchConfig:
     meshes: tuple[str | None, ...]
     ranks: int
     machines: int
-    transport: str
+    transports: tuple[str, ...]
     dtype: str
     graph: bool
     stock_graph: bool
@@ -158,7 +160,7 @@ class BenchConfig:
         on_cpu = self.device == "cpu"
         kernels = tuple(name for name in XDIT_BACKENDS if (name == "cpu") == on_cpu)
         _require_known("backends", self.backends, kernels)
-        _require_known("transport", (self.transport,), TRANSPORTS)
+        _require_known("transport", self.transports, TRANSPORTS)
         _require_known("dtype", (self.dtype,), tuple(MAX_ERROR))
         if not on_cpu and self.dtype == "float32":
             raise ValueError("--dtype on a GPU must be bfloat16 or float16, got float32")
@@ -192,9 +194,11 @@ class BenchConfig:
 
     def _torus(self, backend: str) -> list[Case]:
         kinds = ("torus", "comm") if self.parts else ("torus",)
+        transports = self.transports if len(self.transports) > 1 else (None,)
         return [
-            Case(kind, backend, schedule=schedule, groups=groups, mesh=mesh)
+            Case(kind, backend, schedule=schedule, groups=groups, mesh=mesh, transport=transport)
             for kind in kinds
+            for transport in transports
             for schedule in self.schedules
             for groups in (None, *(self.groups if schedule in ("pipelined", "fused") else ()))
             for mesh in self.meshes

@@ -98,7 +98,7 @@ class LayerBench:
                 mesh=case.mesh,
                 schedule=case.schedule,
                 groups=case.groups,
-                transport=self.config.transport,
+                transport=case.transport or self.config.transports[0],
                 backend=case.backend,
                 device=self.device,
             )

@@ -88,6 +88,9 @@ def page(sections: Iterable[Section], folder: str) -> str:
 def layer_section(name: str, report: dict[str, Any]) -> Section:
     """`bench layer`: times over the floor of each shape."""
     settings = report["settings"]
+    machines = settings.get("machines", 1)
+    transports = settings.get("transports") or [settings.get("transport")]
+    ways = _across(transports) if machines > 1 else _LAYER_CASES
     rows: list[tuple[str, ...]] = []
     bars: list[Bar] = []
     for found in report["shapes"]:
@@ -98,7 +101,7 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
             for mode in ("eager", "graph")
             if case["kind"] == "floor" and case[mode]
         )
-        for label, wanted in _LAYER_CASES.items():
+        for label, wanted in ways.items():
             fits = [
                 (case, mode)
                 for case in found["cases"]
@@ -109,7 +112,7 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
                 continue
             case, mode = min(fits, key=lambda fit: fit[0][fit[1]]["median"])
             ratio, times = case[f"{mode}_of_floor"], case[mode]
-            what = case["name"] if "xDiT" in label else _schedule_of(case)
+            what = case["name"] if case["kind"] in ("usp", "tas") else _schedule_of(case)
             exposed_ms = times["median"] - floor_ms
             predicted = case.get("predicted_of_floor")
             cells = (
@@ -121,16 +124,17 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
             rows.append((shape, label, what, *cells))
             quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
             bars.append(Bar(shape, label, *quartiles))
-    machines = settings.get("machines", 1)
-    played = f", played as {machines} {'hosts' if settings.get('tcp') else 'machines'}"
-    over = f", {settings['transport']}" + (" over TCP" if settings.get("tcp") else "")
-    transport = (played if machines > 1 else "") + ("" if settings["transport"] == "auto" else over)
+    title = f"One attention layer on {_gpus(report)}"
+    if machines > 1:
+        title += f", played as {machines} {'hosts' if settings['tcp'] else 'machines'}"
+    if transports != ["auto"]:
+        title += f", {' and '.join(transports)}" + (" over TCP" if settings.get("tcp") else "")
     heading: tuple[str, ...] = ("shape", "way", "which", "ms", "/ floor", "exposed ms")
     if any(row[-1] for row in rows):
         heading += ("predicted / floor",)
     return Section(
         name=name,
-        title=f"One attention layer on {_gpus(report)}{transport}",
+        title=title,
         text=f"The floor is {_lower(report['method']['floor'])} Exposed: what a layer takes beyond "
         f"the floor. {_origin(name, report)}",
         heading=heading,
@@ -142,11 +146,26 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
 
 
 _LAYER_CASES: dict[str, Callable[[dict[str, Any], str], bool]] = {
-    "xDiT's best": lambda case, mode: case["kind"] in ("usp", "tas"),
+    "xDiT's best": lambda case, mode: case["kind"] == "usp",
     "torus, eager": lambda case, mode: (case["schedule"], mode) == ("auto", "eager"),
     "torus, CUDA graph": lambda case, mode: (case["schedule"], mode) == ("auto", "graph"),
     "torus, best schedule": lambda case, mode: case["kind"] == "torus",
 }
+
+
+def _across(transports: list[str]) -> dict[str, Callable[[dict[str, Any], str], bool]]:
+    """The ways of several machines: what each step from xDiT's USP to ours brings."""
+
+    def is_torus(two_sided: bool, case: dict[str, Any], mode: str) -> bool:
+        transport = case.get("transport") or transports[0]
+        return case["kind"] == "torus" and (transport == "nccl") is two_sided
+
+    return {
+        "xDiT's USP": lambda case, mode: case["kind"] == "usp",
+        "tas": lambda case, mode: case["kind"] == "tas",
+        "torus, NCCL": partial(is_torus, True),
+        "torus, one-sided": partial(is_torus, False),
+    }
 
 
 def _schedule_of(case: dict[str, Any]) -> str:
