@@ -227,6 +227,7 @@ def main() -> None:
     words("--backends", default=None, help="xDiT's attention backends (CUDNN,FLASH_4)")
     words("--only", default=(), help="strategies by their names in the table")
     words("--schedules", default=("auto",), help="of auto,torus,folded,pipelined,fused (auto)")
+    add("--layer-graphs", action="store_true", help="also torus with SWIFTFUSION_LAYER_GRAPHS=1")
     add("--ranks", type=int, default=2, help="one GPU each (2)")
     add(
         "--compile",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ class Case:
     ulysses: int
     ring: int = 1
     schedule: str = "auto"
+    layer_graphs: bool = False  # with SWIFTFUSION_LAYER_GRAPHS
     compiled: bool = False
 
     @property
@@ -46,7 +46,8 @@ class Case:
         if self.kind == "ceiling":
             return f"no communication {self.backend}"
         forced = "" if self.schedule == "auto" else f"/{self.schedule}"
-        return f"torus{forced} {self.backend}"
+        graphs = " with layer graphs" if self.layer_graphs else ""
+        return f"torus{forced} {self.backend}{graphs}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Settings:
     backends: tuple[str, ...]
     schedules: tuple[str, ...]
     only: tuple[str, ...]
+    layer_graphs: bool
     compile: str | None
     compile_mode: str | None
     compile_seconds: float
@@ -122,7 +124,11 @@ class Settings:
         for backend in self.backends:
             cases += [
                 *(Case("stock", backend, *degrees) for degrees in self.degrees),
-                *(Case("ours", backend, self.ranks, schedule=name) for name in self.schedules),
+                *(
+                    Case("ours", backend, self.ranks, schedule=name, layer_graphs=graphs)
+                    for name in self.schedules
+                    for graphs in ((False, True) if self.layer_graphs else (False,))
+                ),
                 Case("ceiling", backend, self.ranks),
             ]
         return [case for case in cases if case.kind in self.kinds]
@@ -130,7 +136,7 @@ class Settings:
     def cases(self) -> list[Case]:
         """Every way to run a step that was asked for, eager ones first."""
         cases = [c for c in self._all_cases() if not self.only or c.name in self.only]
-        compiled = [dataclasses.replace(case, compiled=True) for case in cases]
+        compiled = [replace(case, compiled=True) for case in cases if not case.layer_graphs]
         return cases + (compiled if self.compile else [])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from swiftfusion_xdit.attention.reference import relative_error
 from swiftfusion_xdit.cli.bench_parts import Ranks
 from swiftfusion_xdit.cli.bench_report import spread
 
+LAYER_GRAPHS = "SWIFTFUSION_LAYER_GRAPHS"
+
 
 class ModelStep:
     """This rank's part. Owns the model, and for the length of a size its sessions and graphs."""
@@ -48,7 +51,7 @@ class ModelStep:
         self.inputs = step_inputs(self.settings, self.latents, self.device)
         self.expected: Tensor | None = None
         self.compile_s = 0.0
-        self.sessions: dict[str, Any] = {}
+        self.sessions: dict[tuple[str, bool], Any] = {}
         self.models: dict[Case, Any] = {}
         found = {case: self._first_steps(case) for case in self.settings.cases()}
         cases = [case for case, one in found.items() if one.failure is None]
@@ -93,7 +96,9 @@ class ModelStep:
         patches = Patches()
         try:
             if case.kind == "ours":
-                session = self._session(case.schedule, state)
+                # Runners of layers look at it when they are made, in the first step.
+                patches.set_item(os.environ, LAYER_GRAPHS, str(int(case.layer_graphs)))
+                session = self._session(case, state)
                 dispatch.install(usp, session, patches)
                 patches.set(sessions, "_current", session)
             elif case.kind == "ceiling":
@@ -106,21 +111,23 @@ class ModelStep:
             dispatch.uninstall()
             patches.undo()
 
-    def _session(self, schedule: str, state: Any) -> Any:
+    def _session(self, case: Case, state: Any) -> Any:
         from swiftfusion_xdit.xdit import groups
         from swiftfusion_xdit.xdit.options import Options
         from swiftfusion_xdit.xdit.session import Session
 
-        if schedule not in self.sessions:
-            options = Options(strategy="torus", schedule=schedule)
-            self.sessions[schedule] = Session(state, options, groups.sp_group())
-        return self.sessions[schedule]
+        key = (case.schedule, case.layer_graphs)
+        if key not in self.sessions:
+            options = Options(strategy="torus", schedule=case.schedule)
+            self.sessions[key] = Session(state, options, groups.sp_group())
+        return self.sessions[key]
 
     def _sequence_parallel(self, case: Case) -> Any:
         """What ``ours`` attends with, None for others. Collective."""
         if case.kind != "ours":
             return None
-        return self.sessions[case.schedule].sequence_parallel(self._kernel(case))
+        session = self.sessions[case.schedule, case.layer_graphs]
+        return session.sequence_parallel(self._kernel(case))
 
     def _kernel(self, case: Case) -> str:
         from swiftfusion_xdit.xdit.session import GPU_KERNELS
