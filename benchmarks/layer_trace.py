@@ -55,6 +55,7 @@ FIXED: dict[str, Any] = {
     "transport": "auto",
     "tcp": False,
     "stock_graph": False,
+    "layer_graphs": False,
     "parts": False,
     "rounds": None,
     "seconds": 1.0,

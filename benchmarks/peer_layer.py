@@ -38,6 +38,7 @@ FIXED: dict[str, Any] = {
     "transport": "auto",
     "tcp": False,
     "stock_graph": False,
+    "layer_graphs": False,
     "parts": False,
 }
 

@@ -68,6 +68,8 @@ class SequenceParallel:
         backend: ``auto``, the name of a local attention kernel, see ``attention``, or a kernel.
         wire: how rows travel between ranks: ``exact``, or ``fp8``, as 8-bit floats with a scale
             each. That halves the bytes of bf16, is off by a few percent, and runs on CPUs only.
+        layer_graphs: on GPUs, whether layers at addresses that come again are repeated as CUDA
+            graphs; by default ``SWIFTFUSION_LAYER_GRAPHS``.
         device: where the tensors live; by default the CPU, or the current GPU if the group's
             backend is NCCL.
 
@@ -89,6 +91,7 @@ class SequenceParallel:
         transport: str = "auto",
         backend: str | Backend = "auto",
         wire: str = "exact",
+        layer_graphs: bool | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         if group is None:
@@ -114,6 +117,7 @@ class SequenceParallel:
         self.strategy = strategy
         self.schedule = schedule
         self._forced_groups = groups
+        self._layer_graphs = envs.get("LAYER_GRAPHS") if layer_graphs is None else layer_graphs
         self.wire = wire
         self.timeout_s = envs.get("TIMEOUT_S")
         self._agreement = Agreement(group, timeout_s=self.timeout_s)
@@ -360,7 +364,12 @@ class SequenceParallel:
         if self._streams is None:
             self._streams = device_runtime.SideStreams(self.device)
         return device_runtime.DeviceRunner(
-            plan, self._comm, self.backend, native=native.load(), streams=self._streams
+            plan,
+            self._comm,
+            self.backend,
+            native=native.load(),
+            streams=self._streams,
+            layer_graphs=self._layer_graphs,
         )
 
     def _num_units(self) -> int:

@@ -35,6 +35,7 @@ def config(**changes: Any) -> BenchConfig:
         "dtype": "float32",
         "graph": False,
         "stock_graph": False,
+        "layer_graphs": False,
         "parts": False,
         "tcp": False,
         "rounds": 1,
@@ -101,6 +102,9 @@ def test_cases_cover_every_degree_schedule_and_mesh() -> None:
     assert Case("torus", "cpu", schedule="pipelined", mesh="ring=2") in ours
     over = [c.name for c in config(strategies=("torus",), transports=("shm", "auto")).cases()]
     assert "torus/torus cpu over shm" in over and "torus/torus cpu over auto" in over
+    on_gpu = {"device": "cuda", "backends": ("fa4",), "dtype": "bfloat16", "schedules": ("auto",)}
+    (_, once, again) = config(**on_gpu, strategies=("torus",), layer_graphs=True).cases()
+    assert (once.name, again.name) == ("torus/auto fa4", "torus/auto fa4 with layer graphs")
     grouped = [c.groups for c in config(strategies=("torus",), groups=(1, 3)).cases()]
     assert grouped == [None, None, None, 1, 3]  # floor, torus, pipelined thrice
 

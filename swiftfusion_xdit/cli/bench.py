@@ -61,6 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--dtype", help="bfloat16, float16, float32 (bfloat16; on CPU float32)")
     add("--graph", action=argparse.BooleanOptionalAction, help="also CUDA graphs (on GPUs)")
     add("--stock-graph", action="store_true", help="xDiT's function in CUDA graphs too")
+    add("--layer-graphs", action="store_true", help="torus with SWIFTFUSION_LAYER_GRAPHS too")
     add("--parts", action="store_true", help="also the communication of torus alone")
     add("--rounds", type=int, help="rounds of turns (by --seconds)")
     add("--seconds", type=float, default=4.0, help="for the rounds of one shape (4)")
@@ -140,6 +141,7 @@ def make_config(args: argparse.Namespace) -> BenchConfig:
         dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
         graph=on_gpu if args.graph is None else args.graph,
         stock_graph=args.stock_graph,
+        layer_graphs=args.layer_graphs,
         parts=args.parts,
         tcp=args.tcp,
         rounds=args.rounds,

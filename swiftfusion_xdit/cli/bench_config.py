@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swiftfusion_xdit.envs import SCHEDULES, TRANSPORTS
 from swiftfusion_xdit.mesh import Mesh
@@ -91,6 +91,7 @@ class Case:
     ulysses: int = 1
     ring: int = 1
     transport: str | None = None
+    layer_graphs: bool = False
     combined: bool = False  # xDiT's: q, k and v in one all-to-all, as some of its models ask for
 
     @property
@@ -109,6 +110,7 @@ class Case:
         text = f"torus/{self.schedule} {self.backend}" + (f" {self.mesh}" if self.mesh else "")
         text += f" in {self.groups} groups" if self.groups else ""
         text += f" over {self.transport}" if self.transport else ""
+        text += " with layer graphs" if self.layer_graphs else ""
         return f"communication alone: {text}" if self.kind == "comm" else text
 
 
@@ -133,6 +135,7 @@ class BenchConfig:
     dtype: str
     graph: bool
     stock_graph: bool
+    layer_graphs: bool
     parts: bool
     tcp: bool
     rounds: int | None
@@ -164,8 +167,8 @@ class BenchConfig:
         _require_known("dtype", (self.dtype,), tuple(MAX_ERROR))
         if not on_cpu and self.dtype == "float32":
             raise ValueError("--dtype on a GPU must be bfloat16 or float16, got float32")
-        if on_cpu and (self.graph or self.stock_graph or self.tcp):
-            raise ValueError("--graph, --stock-graph and --tcp need --device cuda")
+        if on_cpu and (self.graph or self.stock_graph or self.layer_graphs or self.tcp):
+            raise ValueError("--graph, --stock-graph, --layer-graphs and --tcp need --device cuda")
         self._check_meshes()
 
     def _check_meshes(self) -> None:
@@ -195,7 +198,7 @@ class BenchConfig:
     def _torus(self, backend: str) -> list[Case]:
         kinds = ("torus", "comm") if self.parts else ("torus",)
         transports = self.transports if len(self.transports) > 1 else (None,)
-        return [
+        cases = [
             Case(kind, backend, schedule=schedule, groups=groups, mesh=mesh, transport=transport)
             for kind in kinds
             for transport in transports
@@ -203,6 +206,8 @@ class BenchConfig:
             for groups in (None, *(self.groups if schedule in ("pipelined", "fused") else ()))
             for mesh in self.meshes
         ]
+        again = [replace(case, layer_graphs=True) for case in cases if case.kind == "torus"]
+        return cases + (again if self.layer_graphs else [])
 
     def _stock(self, strategy: str, backend: str) -> list[Case]:
         if strategy == "tas":

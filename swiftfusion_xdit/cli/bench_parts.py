@@ -94,6 +94,7 @@ def joined(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "schedule": case.schedule or None,
         "mesh": case.mesh,
         "transport": case.transport,
+        "layer_graphs": case.layer_graphs,
         "plan": ranks[0]["plan"],
         "predicted_of_floor": ranks[0]["predicted_of_floor"],
         "bytes_across": max(rank["bytes_across"] for rank in ranks),

@@ -100,6 +100,7 @@ class LayerBench:
                 groups=case.groups,
                 transport=case.transport or self.config.transports[0],
                 backend=case.backend,
+                layer_graphs=case.layer_graphs,
                 device=self.device,
             )
             if case.kind == "comm":
@@ -187,6 +188,8 @@ class LayerBench:
         return max(MIN_ROUNDS, min(MAX_ROUNDS, int(wanted)))
 
     def _wants_graph(self, case: Case) -> bool:
+        if case.layer_graphs:  # of eager layers; one that is captured is captured as it is
+            return False
         return self.config.graph and (self.config.stock_graph or not case.is_stock)
 
     def _graph_pool(self, case: Case) -> Any:

@@ -15,7 +15,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swiftfusion_xdit import envs
 from swiftfusion_xdit.attention import Backend
 from swiftfusion_xdit.comm import Communicator, Flag
 from swiftfusion_xdit.comm.stream import StreamCommunicator
@@ -65,6 +64,7 @@ class DeviceRunner(LayerRunner):
         *,
         native: Native,
         streams: SideStreams,
+        layer_graphs: bool = False,
     ) -> None:
         """Collective: allocates the plan's symmetric memory on every rank."""
         assert isinstance(comm, StreamCommunicator), comm
@@ -74,7 +74,7 @@ class DeviceRunner(LayerRunner):
         self._compiled: dict[tuple[int, Strides], Compiled] = {}
         self.notes = comm.heartbeat
         self.timeout_s = comm.timeout_s
-        self._graphs = LayerGraphs() if envs.get("LAYER_GRAPHS") else None
+        self._graphs = LayerGraphs() if layer_graphs else None
         super().__init__(plan, comm, backend)
         comm.name_flags(self.buffer, self._own_flags())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -131,8 +130,9 @@ def come_again(rank: int, num_ranks: int, schedule: str, turns: int) -> str:
     """Eager layers at the same addresses, with and without graphs of their own."""
     lengths = [uneven(500 * num_ranks + 1, num_ranks)] * 2
     mesh = Mesh(ring=num_ranks) if schedule == "fused" else Mesh(torus=2, ring=num_ranks // 2)
-    os.environ["SWIFTFUSION_LAYER_GRAPHS"] = "1"
-    with SequenceParallel(mesh=mesh, schedule=schedule, backend="fa4", device="cuda") as sp:
+    with SequenceParallel(
+        mesh=mesh, schedule=schedule, backend="fa4", layer_graphs=True, device="cuda"
+    ) as sp:
         cases = [inputs(rank, seed, lengths, (8, 8))[0] for seed in range(3)]
         places = [[x.clone() for x in case] for case in cases]
         expected = [sp.attention(*case).clone() for case in cases]
