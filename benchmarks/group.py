@@ -58,23 +58,28 @@ def stages(
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     layer = (sys.executable, "-m", "swiftfusion_xdit", "bench", "layer", "--ranks", str(ranks))
     step = (sys.executable, "-m", "benchmarks.model_step", "--ranks", str(ranks))
+    again = ("--layer-graphs",) if on_gpu else ()
     place = ("--device", "cuda" if on_gpu else "cpu", "--shapes", shapes if on_gpu else CPU_SHAPE)
     if on_gpu:
         gpu_tests = "tests/gpu/test_sequence_parallel.py"
-        plan = [Stage("exact", (*pytest, "-m", "not slow", gpu_tests), 400)]
+        plan = [
+            Stage("exact", (*pytest, "-m", "not slow", gpu_tests), 600),
+            Stage("compiled", (*pytest, "tests/gpu/test_compile.py"), 400),
+            Stage("transport nccl", (*pytest, "tests/gpu/test_comm_nccl.py"), 300),
+        ]
     else:
         exact = ("tests/test_sp_every_mesh.py", "-k", f"against_the_oracle and {ranks}")
         plan = [Stage("exact", (*pytest, *exact), 600)]
     for machines in machine_counts(ranks):
         name = f"layer_{machines}_machines"
-        words = (*place, "--machines", str(machines))
+        words = (*place, "--machines", str(machines), *again)
         plan.append(Stage(name, (*layer, *words, *_json(output, name)), 500))
     # Apart from the schedules: each case keeps its symmetric memory until its shape is done.
     words = (*place, "--strategies", "torus", "--schedules", "auto,torus")
     words += tuple(word for mesh in meshes(ranks) for word in ("--mesh", mesh))
     words += ("--backends", "fa4") if on_gpu else ()
     plan.append(Stage("meshes", (*layer, *words, *_json(output, "meshes")), 300))
-    words = ("--sizes", sizes) if on_gpu else ("--tiny", "--sizes", "128")
+    words = ("--sizes", sizes, *again) if on_gpu else ("--tiny", "--sizes", "128")
     plan.append(Stage("flux_step", (*step, *words, *_json(output, "flux_step")), 500))
     words = ("--model", "wan", *(("--sizes", "480p") if on_gpu else ("--tiny",)))
     plan.append(Stage("wan_step", (*step, *words, *_json(output, "wan_step")), 500))
