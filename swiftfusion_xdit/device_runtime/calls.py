@@ -85,8 +85,12 @@ class AttendCall:
         else:
             target = self._target(layer) if self.in_place or self._out is not None else None
             out, lse = attend(q, k, v, scale=layer.scale, backend=self._backend, out=target)
-            # As every kernel makes it: copies know its strides beforehand.
-            parts = None if self.in_place else self._split(out.contiguous(), lse)
+            if self._lse is not None:  # merges were told of this memory
+                self._lse.copy_(lse)
+                parts = self._parts
+            else:
+                # As every kernel makes it: copies know its strides beforehand.
+                parts = None if self.in_place else self._split(out.contiguous(), lse)
         for chunk, part in parts or ():
             if (chunk, self._heads) in self.outputs:
                 layer.finished[chunk, self._heads] = part[0]
