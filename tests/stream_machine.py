@@ -92,7 +92,7 @@ class FakeGraph:
         self._enqueued: list[Callable[[], None]] = []
         self._stream = FakeStream(0)
 
-    def capture_begin(self, *, capture_error_mode: str) -> None:
+    def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
         self._machine.captured, self._stream = self._enqueued, self._machine.current
 
     def capture_end(self) -> None:

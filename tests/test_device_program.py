@@ -129,6 +129,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         "is_current_stream_capturing": lambda: False,
         "synchronize": machine.drain,
         "CUDAGraph": lambda: FakeGraph(machine),
+        "graph_pool_handle": object,
         "stream": machine.on,
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
@@ -353,17 +354,16 @@ def test_layers_that_come_again_are_repeated_as_graphs(
             assert found == (6 if runner.rank in chosen else 0)
 
 
-def test_what_cannot_be_captured_is_enqueued(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_captured_is_an_error_that_names_the_switch(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: FakeGraph, **_: Any) -> None:
+    def refuse(self: FakeGraph) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(FakeGraph, "capture_begin", refuse)
-    check_repeated(plan_of("torus", Mesh(torus=2)), machine, 0, ranks_with_graphs={0, 1})
-    assert [record.message for record in caplog.records] == [
-        "layers are not captured in graphs: operation not permitted when stream is capturing"
-    ] * 2
+    monkeypatch.setattr(FakeGraph, "capture_end", refuse)
+    expected = r"SWIFTFUSION_LAYER_GRAPHS=1: .*RuntimeError: operation not permitted"
+    with pytest.raises(RuntimeError, match=expected):
+        check_repeated(plan_of("torus", Mesh(torus=2)), machine, 0, ranks_with_graphs={0, 1})
 
 
 def test_room_for_graphs_has_an_end(machine: Machine) -> None:
@@ -372,6 +372,23 @@ def test_room_for_graphs_has_an_end(machine: Machine) -> None:
         assert not graphs.is_wanted(number) and graphs.is_wanted(number)
         assert graphs.capture(number, stream, lambda: None) is graphs.find(number)
     assert not graphs.is_wanted("one more") and not graphs.is_wanted("one more")
+
+
+def test_calls_of_another_scale_reach_their_merges(machine: Machine) -> None:
+    """They find their kernel anew, and merges look where those of the first scale stored."""
+    plan = plan_of("torus", Mesh(torus=2))
+    runner, scale, heads = Ranks(plan, machine).runners[0], 0.8, slice(0, HEADS // 2)
+    q, k, v = rows(plan, 0, seed=1)
+    layer = Layer({"q": q, "k": k, "v": v}, torch.empty_like(q), scale, None)
+    (compiled, *_) = runner._compiled.values()
+    for part in compiled.parts:
+        if not isinstance(part, tuple):
+            part(layer)  # the peer's rows are 0, as nothing has arrived
+    machine.drain()
+    theirs = torch.zeros(BATCH, plan.shape.key_lengths[1], HEADS // 2, DIM)
+    keys, values = (torch.cat([x[:, :, heads], theirs], dim=1) for x in (k, v))
+    expected = reference_attention(q[:, :, heads], keys, values, scale=scale)
+    assert relative_error(layer.out[:, :, heads], expected) <= 1e-5
 
 
 def test_layers_of_another_scale_are_enqueued(machine: Machine) -> None:

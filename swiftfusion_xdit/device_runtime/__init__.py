@@ -78,6 +78,10 @@ class DeviceRunner(LayerRunner):
         super().__init__(plan, comm, backend)
         comm.name_flags(self.buffer, self._own_flags())
 
+    def close(self) -> None:
+        super().close()  # waits for the device
+        self._graphs = None
+
     def _bind_all(self) -> None:
         """Programs are compiled when the strides of the inputs are known."""
 
@@ -146,8 +150,6 @@ class DeviceRunner(LayerRunner):
             graph = self._graphs.capture(
                 key, captured[0], lambda: self._run_parts(compiled, layer, captured)
             )
-            if graph is None:
-                return False
         graph.replay()
         return True
 

@@ -8,13 +8,15 @@ on. What a graph does and in which order is what the program says: peers cannot 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+from swiftfusion_xdit import envs
 
+VARIABLE = f"{envs.PREFIX}LAYER_GRAPHS"
 MOST_GRAPHS = 128
 MOST_SEEN = 4096  # layers that are remembered to have come once
 
@@ -25,7 +27,11 @@ class LayerGraphs:
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._seen: set[Hashable] = set()
-        self._is_open = True
+
+    @cached_property
+    def _pool(self) -> Any:
+        """The memory that captured layers take beside the plan's: they follow one another."""
+        return torch.cuda.graph_pool_handle()
 
     def find(self, key: Hashable) -> torch.cuda.CUDAGraph | None:
         return self._graphs.get(key)
@@ -33,32 +39,32 @@ class LayerGraphs:
     def is_wanted(self, key: Hashable) -> bool:
         """Whether to capture this layer: it has come before, and there is room."""
         if key in self._seen:
-            return self._is_open and len(self._graphs) < MOST_GRAPHS
+            return len(self._graphs) < MOST_GRAPHS
         if len(self._seen) < MOST_SEEN:
             self._seen.add(key)
         return False
 
     def capture(
         self, key: Hashable, stream: torch.cuda.Stream, enqueue: Callable[[], None]
-    ) -> torch.cuda.CUDAGraph | None:
-        """What ``enqueue`` enqueues from ``stream`` on, as a graph; None if it cannot be captured.
+    ) -> torch.cuda.CUDAGraph:
+        """What ``enqueue`` enqueues from ``stream`` on, as a graph. Nothing runs.
 
-        Nothing runs. Unlike ``torch.cuda.graph`` this neither waits for the device, which may be
-        waiting for a peer, nor gives the allocator's memory back, which would move the addresses.
+        Unlike ``torch.cuda.graph`` this neither waits for the device, which may be waiting for a
+        peer, nor gives the allocator's memory back, which would move the addresses.
+
+        Raises:
+            RuntimeError: it cannot be captured. What torch keeps about a capture is in no state to
+                go on with then.
         """
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(stream):
                 # Other threads, such as NCCL's watchdog, may query events meanwhile.
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    enqueue()
-                finally:
-                    torch.cuda.set_stream(stream)
-                    graph.capture_end()
-        except RuntimeError as error:
-            self._is_open = False
-            logger.warning("layers are not captured in graphs: %s", str(error).splitlines()[0])
-            return None
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                enqueue()
+                graph.capture_end()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"{VARIABLE}=1: a layer was not captured ({reason})") from error
         self._graphs[key] = graph
         return graph

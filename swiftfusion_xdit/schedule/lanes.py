@@ -12,7 +12,9 @@ from dataclasses import replace
 
 from swiftfusion_xdit.schedule.steps import Program, Put, Step
 
-MOST_LANES = 4  # of a stream; with more peers some share one
+# Of a stream; with more peers some share one. With two streams for attention there are 8 streams
+# then, as many as a GPU has queues by default.
+MOST_LANES = 3
 
 
 def lane_names(stream: str) -> tuple[str, ...]:
