@@ -1,12 +1,15 @@
-"""When the nccl transport makes a group of its own: only where its ranks can do so alone."""
+"""The group that the nccl transport makes: where its ranks can do so alone, once for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch.distributed as dist
 
-from swiftfusion_xdit.comm.nccl import _can_make_group
+from swiftfusion_xdit.comm.nccl import _can_make_group, _own_group
 from tests.distributed import RankPool
 
 
@@ -29,3 +32,31 @@ def test_ranks_that_know_other_groups_are_told_apart(
     assert rank_pool(4).run(can_make, False) == [[True, True]] * 4
     found = rank_pool(4).run(can_make, True)
     assert found == [[False, False], [False, True], [False, False], [False, True]]
+
+
+def share(rank: int, size: int) -> list[bool]:
+    """With gloo in NCCL's place: the second transport's group, and one after all are gone."""
+    group, made = dist.new_group(list(range(size))), []
+
+    def new_group(ranks: list[int], **options: Any) -> Any:
+        assert options["backend"] == "nccl" and options["pg_options"].is_high_priority_stream
+        made.append(dist.distributed_c10d._new_group_with_tag(ranks, backend="gloo"))
+        return made[-1]
+
+    stand_in = SimpleNamespace(Options=lambda **options: SimpleNamespace(**options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", new_group)
+        patch.setattr(dist, "ProcessGroupNCCL", stand_in, raising=False)
+        first, second = (_own_group(group, 30.0) for _ in range(2))
+        dist.destroy_process_group(first)
+        third = _own_group(group, 30.0)
+        found = [first is second, third is first, len(made) == 2]
+    for each in (third, group):
+        dist.destroy_process_group(each)
+    return found
+
+
+def test_transports_of_a_group_share_one_until_it_is_destroyed(
+    rank_pool: Callable[[int], RankPool],
+) -> None:
+    assert rank_pool(2).run(share) == [[True, False, True]] * 2

@@ -28,6 +28,9 @@ from swiftfusion_xdit.comm.watchdog import end_process
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.topology import Topology
 
+HIGH_PRIORITY = -1  # of a stream
+TORCH_TIMEOUT_S = 600.0  # of its NCCL groups
+
 
 @dataclass
 class _Batch:
@@ -87,7 +90,7 @@ class NcclCommunicator(StreamCommunicator):
     and ``end_layer``, in the order of the program.
 
     Raises:
-        ValueError: on every rank: a rank has no GPU, or two share one.
+        ValueError: on every rank: a rank has no GPU, two share one, or no NCCL group can be had.
     """
 
     transport = "nccl"
@@ -103,6 +106,12 @@ class NcclCommunicator(StreamCommunicator):
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         cuda.check_devices(group, transport=self.transport, need_peers=False)
+        own = _own_group(group, timeout_s)
+        if own is None and "nccl" not in dist.get_backend(group):
+            raise ValueError(
+                "transport nccl needs a group of NCCL, or one of ranks that can make one by "
+                f"themselves; got a group of {dist.get_backend(group)}"
+            )
         super().__init__(
             group,
             topology,
@@ -112,24 +121,11 @@ class NcclCommunicator(StreamCommunicator):
             board=hosts.make_board(group),
             on_failure=on_failure,
         )
-        self._side = torch.cuda.Stream(self.device)
+        self._side = torch.cuda.Stream(self.device, priority=HIGH_PRIORITY)
         self._transfers: dict[int, list[_Transfers]] = {}  # by buffer number, then parity
         self._layer: _Layer | None = None
         self._global_ranks = [dist.get_global_rank(group, peer) for peer in range(self.size)]
-        self._owns_group = "nccl" not in dist.get_backend(group) or _can_make_group(group)
-        self._nccl = group
-        if self._owns_group:
-            # The watchdog reports first, and names the step.
-            timeout = timedelta(seconds=2 * timeout_s + 60)
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            options._timeout = timeout  # as torch does; it warns if the two differ
-            self._nccl = dist.new_group(
-                dist.get_process_group_ranks(group),
-                backend="nccl",
-                use_local_synchronization=True,
-                pg_options=options,
-                timeout=timeout,
-            )
+        self._nccl = group if own is None else own
         # Connects now: a first use inside a graph capture would be too late.
         dist.all_reduce(torch.zeros(1, device=self.device), group=self._nccl)
         torch.cuda.synchronize(self.device)
@@ -285,16 +281,41 @@ class NcclCommunicator(StreamCommunicator):
     def get(self, buffer: SymmetricBuffer, region: Region, peer: int) -> Tensor:
         raise NotImplementedError("transport nccl has no get: its peers would have to take part")
 
-    def close(self) -> None:
-        if not self._closed:
-            super().close()
-            if self._owns_group and dist.is_initialized():
-                dist.destroy_process_group(self._nccl)
-
     def _open_layer(self) -> _Layer:
         if self._layer is None:
             raise RuntimeError("transport nccl moves data between begin_layer and end_layer only")
         return self._layer
+
+
+_own_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def _own_group(group: dist.ProcessGroup, timeout_s: float) -> dist.ProcessGroup | None:
+    """An NCCL group of the same ranks whose kernels go before others; None if there can be none.
+
+    Collective the first time. All transports over ``group`` share it, and it stays until all groups
+    are destroyed: taking an NCCL communicator down needs every rank, and waits for each graph that
+    it was captured in to go.
+    """
+    known = dist.distributed_c10d._world.pg_map
+    if _own_groups.get(group) not in known:
+        _own_groups.pop(group, None)
+        if not _can_make_group(group):
+            return None
+        # The watchdog reports first, and names the step.
+        timeout = timedelta(seconds=max(TORCH_TIMEOUT_S, 2 * timeout_s + 60))
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timeout  # as torch does; it warns if the two differ
+        own = dist.new_group(
+            dist.get_process_group_ranks(group),
+            backend="nccl",
+            use_local_synchronization=True,
+            pg_options=options,
+            timeout=timeout,
+        )
+        assert own is not None
+        _own_groups[group] = own
+    return _own_groups[group]
 
 
 def _can_make_group(group: dist.ProcessGroup) -> bool:
@@ -305,7 +326,7 @@ def _can_make_group(group: dist.ProcessGroup) -> bool:
     groups that a rank knows, which must be the same on all.
     """
     default = dist.group.WORLD
-    if default is not None and default.bound_device_id is not None:
-        return group.size() == default.size()
     num_known = segment.exchange(group, [len(dist.distributed_c10d._world.pg_names)])
-    return all(each == num_known[0] for each in num_known)
+    is_bound = default is not None and default.bound_device_id is not None
+    needs_all = is_bound and default is not None and group.size() != default.size()
+    return not needs_all and all(each == num_known[0] for each in num_known)
