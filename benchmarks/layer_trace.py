@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ from benchmarks.trace_events import (
 )
 from swiftfusion_xdit.cli import bench
 from swiftfusion_xdit.cli.bench_config import SHAPES
-from swiftfusion_xdit.cli.bench_launch import BenchError, run_ranks
+from swiftfusion_xdit.cli.bench_launch import run_ranks
 from swiftfusion_xdit.cli.bench_report import spread, write_json
 from swiftfusion_xdit.simulate import timeline
 
@@ -314,15 +313,9 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         console.print(f"{NAME}: error: {error}", style="red")
         return 2
-    signal.signal(signal.SIGTERM, _interrupt)  # so that the ranks are ended, as by Ctrl-C
-    try:
-        report = run(config, output, arguments)
-    except BenchError as error:
-        console.print(f"{NAME}: {error}", style="red")
-        return 1
-    except KeyboardInterrupt:
-        console.print(f"{NAME}: interrupted; its ranks have ended", style="red")
-        return 130
+    report = bench.guarded(NAME, console, lambda: run(config, output, arguments))
+    if isinstance(report, int):
+        return report
     failed = [
         f"{found['shape']['name']}, {case['name']}, {case['mode']}: {case['failure']}"
         for found in report["shapes"]
@@ -332,10 +325,6 @@ def main(arguments: list[str]) -> int:
     for line in failed:
         console.print(f"failed: {line}", style="red")
     return 1 if failed else 0
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

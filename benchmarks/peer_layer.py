@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,7 +25,6 @@ from benchmarks.peers import NOT_RUN, PEERS
 from benchmarks.peers.bench import PeerConfig
 from swiftfusion_xdit.cli import bench, bench_report
 from swiftfusion_xdit.cli.bench_config import SHAPES
-from swiftfusion_xdit.cli.bench_launch import BenchError, run_ranks
 
 # What `swiftfusion bench layer` takes too, and this benchmark leaves alone.
 FIXED: dict[str, Any] = {
@@ -76,12 +73,10 @@ def make_config(arguments: list[str]) -> tuple[PeerConfig, Path | None]:
     return PeerConfig(**fields, peers=tuple(name.strip() for name in names)), args.json
 
 
-def run(config: PeerConfig, path: Path | None, arguments: list[str]) -> dict[str, Any]:
+def run(
+    config: PeerConfig, path: Path | None, arguments: list[str], console: Console
+) -> dict[str, Any]:
     """Measure, print the tables and write the JSON after each shape."""
-    tables, console = Console(highlight=False, markup=False), _console()
-    if not tables.is_terminal:
-        tables.width = bench.WIDTH
-    start_s = time.monotonic()
     report: dict[str, Any] = {
         "benchmark": "peer_layer",
         "command": shlex.join(["python", "-m", "benchmarks.peer_layer", *arguments]),
@@ -98,22 +93,7 @@ def run(config: PeerConfig, path: Path | None, arguments: list[str]) -> dict[str
         "not_run": NOT_RUN,
         "shapes": [],
     }
-
-    def take(kind: str, value: dict[str, Any]) -> None:
-        if kind == "machine":
-            report.update(value)
-            console.print(f"ranks are up after {time.monotonic() - start_s:.1f} s")
-            return
-        summary = bench_report.summarise(value)
-        report["shapes"].append(summary)
-        report["seconds"] = round(time.monotonic() - start_s, 1)
-        tables.print(bench_report.layer_table(summary, dtype=config.dtype, ranks=config.ranks))
-        if path is not None:
-            bench_report.write_json(path, report)
-
-    names = ", ".join(shape.name for shape in config.shapes)
-    console.print(f"{config.ranks} ranks, {len(config.cases())} cases of {names}")
-    run_ranks(config, take)
+    tables = bench.collect(config, report, path, console)
     for line in _summary(report):
         tables.print(line)
     return report
@@ -136,33 +116,19 @@ def _summary(report: dict[str, Any]) -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     """0: all of ours ran and agree; 1: one did not; 2: bad arguments."""
-    console = _console()
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         config, path = make_config(arguments)
     except ValueError as error:
         console.print(f"peer_layer: error: {error}", style="red")
         return 2
-    signal.signal(signal.SIGTERM, _interrupt)  # so that the ranks are ended, as by Ctrl-C
-    try:
-        report = run(config, path, arguments)
-    except BenchError as error:
-        console.print(f"peer_layer: {error}", style="red")
-        return 1
-    except KeyboardInterrupt:
-        console.print("peer_layer: interrupted; its ranks have ended", style="red")
-        return 130
+    report = bench.guarded("peer_layer", console, lambda: run(config, path, arguments, console))
+    if isinstance(report, int):
+        return report
     wrong = [line for summary in report["shapes"] for line in bench_report.broken(summary)]
     for line in wrong:
         console.print(f"failed: {line}", style="red")
     return 1 if wrong else 0
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _console() -> Console:
-    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,6 +27,7 @@ from swiftfusion_xdit.envs import SCHEDULES
 CPU_SHAPE = "1,1024,8,64"
 CPU_RANKS = 2
 WIDTH = 150  # of tables that are written to a file or a pipe
+Report = dict[str, Any]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -92,21 +93,28 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         console.print(f"swiftfusion bench: error: {error}", style="red")
         return 2
-    from swiftfusion_xdit.cli.bench_launch import BenchError
-
-    try:
-        with _terminated_by_signal():
-            report = _run(config, args.json, console)
-    except BenchError as error:
-        console.print(f"swiftfusion bench: {error}", style="red")
-        return 1
-    except KeyboardInterrupt:
-        console.print("swiftfusion bench: interrupted; its ranks have ended", style="red")
-        return 130
+    report = guarded("swiftfusion bench", console, lambda: _run(config, args.json, console))
+    if isinstance(report, int):
+        return report
     wrong = [line for summary in report["shapes"] for line in reports.broken(summary)]
     for line in wrong:
         console.print(f"failed: {line}", style="red")
     return 1 if wrong else 0
+
+
+def guarded(name: str, console: Console, go: Callable[[], Report]) -> Report | int:
+    """What ``go`` returns; where it ends early, the exit status, and ``console`` says why."""
+    from swiftfusion_xdit.cli.bench_launch import BenchError
+
+    try:
+        with _terminated_by_signal():
+            return go()
+    except BenchError as error:
+        console.print(f"{name}: {error}", style="red")
+        return 1
+    except KeyboardInterrupt:
+        console.print(f"{name}: interrupted; its ranks have ended", style="red")
+        return 130
 
 
 def make_config(args: argparse.Namespace) -> BenchConfig:
@@ -161,14 +169,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _run(config: BenchConfig, path: Path | None, console: Console) -> dict[str, Any]:
-    from swiftfusion_xdit.cli.bench_launch import run_ranks
-
-    tables = Console(highlight=False, markup=False)
-    if not tables.is_terminal:
-        tables.width = WIDTH
-    start_s = time.monotonic()
-    report: dict[str, Any] = {
+def _run(config: BenchConfig, path: Path | None, console: Console) -> Report:
+    report: Report = {
         "benchmark": "layer",
         "command": shlex.join(["swiftfusion", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -176,6 +178,26 @@ def _run(config: BenchConfig, path: Path | None, console: Console) -> dict[str, 
         "method": reports.METHOD,
         "shapes": [],
     }
+    tables = collect(config, report, path, console)
+    for line in _best_lines(report["shapes"]):
+        tables.print(line)
+    console.print(f"{report['seconds']} s; medians; {reports.METHOD['floor']}")
+    return report
+
+
+def collect(config: BenchConfig, report: Report, path: Path | None, console: Console) -> Console:
+    """Run the ranks; each shape goes into ``report``, into the file and, as a table, to stdout.
+
+    Returns the console of the tables.
+
+    Raises:
+        BenchError: see ``bench_launch.run_ranks``.
+    """
+    from swiftfusion_xdit.cli.bench_launch import run_ranks
+
+    tables, start_s = Console(highlight=False, markup=False), time.monotonic()
+    if not tables.is_terminal:
+        tables.width = WIDTH
 
     def take(kind: str, value: dict[str, Any]) -> None:
         if kind == "machine":
@@ -192,10 +214,7 @@ def _run(config: BenchConfig, path: Path | None, console: Console) -> dict[str, 
     names = ", ".join(shape.name for shape in config.shapes)
     console.print(f"{config.ranks} ranks, {len(config.cases())} cases of {names}")
     run_ranks(config, take)
-    for line in _best_lines(report["shapes"]):
-        tables.print(line)
-    console.print(f"{report['seconds']} s; medians; {reports.METHOD['floor']}")
-    return report
+    return tables
 
 
 def _best_lines(summaries: list[dict[str, Any]]) -> Iterator[str]:
