@@ -10,10 +10,26 @@ from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.plan import AttentionShape
 from swiftfusion_xdit.planner import Choice
 from swiftfusion_xdit.planner import plan as plan_layer
-from swiftfusion_xdit.planner.candidates import KNOWN_SCHEDULES, SCHEDULES
+from swiftfusion_xdit.planner.candidates import KNOWN_SCHEDULES, SCHEDULES, Candidate
 from swiftfusion_xdit.planner.memory import layer_shape
 from swiftfusion_xdit.simulate.transport import nccl, one_sided
 from swiftfusion_xdit.topology import Topology
+
+NEAR = 1.25  # of the best prediction: what timing may find to be the best
+MOST_NEAR = 3
+
+
+def near(choice: Choice) -> list[Candidate]:
+    """The other candidates that may be the fastest, best first: one of each mesh and schedule."""
+    limit_us = NEAR * choice.prediction.layer_us
+    found: dict[tuple[Mesh, str], Candidate] = {}
+    for outcome in choice.others:
+        candidate, prediction = outcome.candidate, outcome.prediction
+        kind = (candidate.mesh, candidate.schedule)
+        is_near = prediction is not None and prediction.layer_us <= limit_us
+        if is_near and candidate.strategy == "torus" and kind != (choice.mesh, choice.schedule):
+            found.setdefault(kind, candidate)
+    return list(found.values())[:MOST_NEAR]
 
 
 class AutoPlanner:

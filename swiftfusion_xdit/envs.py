@@ -87,6 +87,9 @@ VARIABLES: dict[str, Variable] = {
     "SP_FALLBACK": Variable(one_of(*FALLBACKS), "error", "default of --sp-fallback"),
     "SP_WIRE": Variable(one_of(*WIRES), "exact", "default of --sp-wire"),
     "TIMEOUT_S": Variable(parse_seconds, 300.0, "seconds a rank waits for a peer before it fails"),
+    "TUNE": Variable(
+        parse_bool, False, "1: the planner's best few are timed, the fastest is taken"
+    ),
     "LAYER_GRAPHS": Variable(
         parse_bool, False, "1: layers that come again are repeated as CUDA graphs"
     ),

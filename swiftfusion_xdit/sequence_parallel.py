@@ -68,6 +68,8 @@ class SequenceParallel:
         backend: ``auto``, the name of a local attention kernel, see ``attention``, or a kernel.
         wire: how rows travel between ranks: ``exact``, or ``fp8``, as 8-bit floats with a scale
             each. That halves the bytes of bf16, is off by a few percent, and runs on CPUs only.
+        tune: on GPUs, whether the planner's best few are timed when a shape is first seen, and the
+            fastest is taken; by default ``SWIFTFUSION_TUNE``.
         layer_graphs: on GPUs, whether layers at addresses that come again are repeated as CUDA
             graphs; by default ``SWIFTFUSION_LAYER_GRAPHS``.
         device: where the tensors live; by default the CPU, or the current GPU if the group's
@@ -91,6 +93,7 @@ class SequenceParallel:
         transport: str = "auto",
         backend: str | Backend = "auto",
         wire: str = "exact",
+        tune: bool | None = None,
         layer_graphs: bool | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -117,6 +120,7 @@ class SequenceParallel:
         self.strategy = strategy
         self.schedule = schedule
         self._forced_groups = groups
+        self._tune = envs.get("TUNE") if tune is None else tune
         self._layer_graphs = envs.get("LAYER_GRAPHS") if layer_graphs is None else layer_graphs
         self.wire = wire
         self.timeout_s = envs.get("TIMEOUT_S")
@@ -285,7 +289,7 @@ class SequenceParallel:
 
     def _choose_plan(self, shape: AttentionShape) -> Plan:
         """Collective: the planner's choice on GPUs; elsewhere the strategy's rule."""
-        mesh, schedule, groups, edge = self._forced_mesh, self.schedule, 0, 0
+        mesh, schedule = self._forced_mesh, self.schedule
         whole_sequence = self.backend.whole_sequence
         if whole_sequence:
             mesh = mesh or whole_sequence_mesh(self.topology)
@@ -306,7 +310,7 @@ class SequenceParallel:
             and not whole_sequence  # what such a kernel costs is not known
         )
         if is_open and self.device.type == "cuda" and self.topology.is_even:
-            from swiftfusion_xdit.autoplan import AutoPlanner
+            from swiftfusion_xdit.autoplan import AutoPlanner, near
 
             if self._planner is None:
                 self._planner = AutoPlanner(self._agreement, self.topology, self.device)
@@ -319,12 +323,42 @@ class SequenceParallel:
                 two_sided=not self._comm.addressable,
             )
             self._predicted_us[shape] = choice.prediction.layer_us, choice.prediction.floor_us
-            mesh, schedule, groups = choice.mesh, choice.schedule, choice.groups_per_rank
-            edge = choice.edge_heads
-            if schedule == "fused":  # the planner compares; the plan has a rule for these
-                groups = 0
             if self._comm.rank == 0:
                 logger.info("planned: %s", choice.describe())
+            candidates = [choice.candidate, *(near(choice) if self._tune else ())]
+            # The planner compares groups of fused calls; the plan has a rule for them.
+            plans = [
+                self._make_plan(shape, c.mesh, c.schedule)
+                if c.schedule == "fused"
+                else self._make_plan(shape, c.mesh, c.schedule, c.groups_per_rank, c.edge_heads)
+                for c in candidates
+            ]
+            return self._fastest(plans)
+        return self._make_plan(shape, mesh, schedule)
+
+    def _fastest(self, plans: list[Plan]) -> Plan:
+        """Collective: the plan that is fastest on this machine, if there are several."""
+        if len(plans) == 1:
+            return plans[0]
+        from swiftfusion_xdit import tuning
+
+        number, times_us = tuning.fastest(
+            plans, self._make_runner, self._agreement, self._comm.rank, self.device
+        )
+        if self._comm.rank == 0:
+            found = zip(plans, times_us, strict=True)
+            texts = [f"{p.mesh} {p.schedule.name} {us / 1e3:.3f} ms" for p, us in found]
+            logger.info("timed: %s; taken: %s", "; ".join(texts), texts[number])
+        return plans[number]
+
+    def _make_plan(
+        self,
+        shape: AttentionShape,
+        mesh: Mesh | None,
+        schedule: str,
+        groups: int = 0,
+        edge: int = 0,
+    ) -> Plan:
         if self._forced_groups:
             groups, edge = self._forced_groups, 0
         return make_plan(
@@ -334,7 +368,7 @@ class SequenceParallel:
             mesh=mesh,
             schedule=schedule,
             has_lse=self.backend.has_lse,
-            whole_sequence=whole_sequence,
+            whole_sequence=self.backend.whole_sequence,
             num_units=self._num_units(),
             groups_per_rank=groups,
             edge_heads=edge,

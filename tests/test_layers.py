@@ -41,6 +41,7 @@ ALLOWED["planner"] = {"plan", *ALLOWED["plan"]}
 ALLOWED["autoplan"] = {"agreement", "detect", "planner", *ALLOWED["planner"], *ALLOWED["detect"]}
 ALLOWED["exchange"] = {"plan", "comm", *ALLOWED["plan"]}
 ALLOWED["runtime"] = {"exchange", "comm", "attention", *ALLOWED["exchange"]}
+ALLOWED["tuning"] = {"runtime", "agreement", *ALLOWED["runtime"]}
 ALLOWED["device_runtime"] = {"runtime", "native", *ALLOWED["runtime"]}
 ALLOWED["inputs"] = {"plan", *ALLOWED["plan"]}
 ALLOWED["sequence_parallel"] = {
@@ -48,6 +49,7 @@ ALLOWED["sequence_parallel"] = {
     "agreement",
     "inputs",
     "autoplan",
+    "tuning",
     *ALLOWED["device_runtime"],
 }
 ALLOWED["xdit"] = {"sequence_parallel", "bootstrap", *ALLOWED["sequence_parallel"]}

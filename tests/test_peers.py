@@ -36,6 +36,10 @@ def is_exact(case: dict[str, Any]) -> bool:
     return case["failure"] is None and exact and len(case["eager_ms"]) == 1
 
 
+# Where torch is built for CUDA and finds no driver, diffusers asks for a GPU all the same.
+anything_needs_a_driver = torch.version.cuda is not None and not torch.cuda.is_available()
+
+
 @pytest.mark.parametrize("shape", [0, 1])
 def test_every_row_is_exact_or_names_its_reason(report: dict[str, Any], shape: int) -> None:
     found = rows(report, shape)
@@ -49,7 +53,7 @@ def test_peers_that_run_on_a_cpu(report: dict[str, Any]) -> None:
     found = rows(report)
     for name in (
         "diffusers ulysses 2 ring 1 native",
-        "diffusers ulysses_anything native",
+        *(() if anything_needs_a_driver else ("diffusers ulysses_anything native",)),
         "yunchang ulysses 2 ring 1 torch_math",
         "torch context parallel direct allgather cpu",
         "torch context parallel direct alltoall cpu",
@@ -67,7 +71,7 @@ def test_reasons_on_a_cpu(report: dict[str, Any]) -> None:
 
 def test_rows_that_do_not_divide(report: dict[str, Any]) -> None:
     found = rows(report, 1)
-    assert is_exact(found["diffusers ulysses_anything native"])
+    assert anything_needs_a_driver or is_exact(found["diffusers ulysses_anything native"])
     assert "65 rows" in found["diffusers ulysses 2 ring 1 native"]["failure"]
 
 

@@ -155,10 +155,10 @@ def test_layers_that_come_again_give_the_same_bits(schedule: str, num_ranks: int
     assert run_on_gpus(num_ranks, come_again, schedule, 200) == ["same bits"] * num_ranks
 
 
-def planned(rank: int, num_ranks: int) -> tuple[float, str]:
+def planned(rank: int, num_ranks: int, tune: bool) -> tuple[float, str]:
     """Mesh and schedule left to the planner, which measures the machine first."""
     lengths = [uneven(1301, num_ranks)] * 2
-    with SequenceParallel(backend="sdpa_flash", device="cuda") as sp:
+    with SequenceParallel(backend="sdpa_flash", tune=tune, device="cuda") as sp:
         worst = 0.0
         for layer in range(4):
             mine, expected = inputs(rank, layer, lengths, (6, 6))
@@ -166,7 +166,8 @@ def planned(rank: int, num_ranks: int) -> tuple[float, str]:
         return worst, sp.describe()
 
 
-def test_the_planner_decides_alike_on_all_ranks() -> None:
-    found = run_on_gpus(RANKS[-1], planned)
+@pytest.mark.parametrize("tune", [False, True])
+def test_the_planner_decides_alike_on_all_ranks(tune: bool) -> None:
+    found = run_on_gpus(RANKS[-1], planned, tune)
     assert max(error for error, _ in found) <= 1e-2
     assert len({described for _, described in found}) == 1
