@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,12 @@ from torch import Tensor
 from benchmarks.image_config import MODEL, Settings
 from benchmarks.step_models import flux
 from swiftfusion_xdit.cli.tiny_models import MODELS, make_checkpoint
-from swiftfusion_xdit.cli.tiny_parts import VOCAB_SIZE, flow_scheduler, make_tokenizer
+from swiftfusion_xdit.cli.tiny_parts import (
+    clip_encoder,
+    flow_scheduler,
+    make_tokenizer,
+    t5_encoder,
+)
 
 SEED = 1234
 # What the weights follow from, written first; and the list of parts, written last.
@@ -92,8 +97,10 @@ def make_full(
     write_part(path / "vae", AutoencoderKL, vae)
     small = {
         "scheduler": flow_scheduler(),
-        "text_encoder": clip_stand_in(config["pooled_projection_dim"]),
-        "text_encoder_2": t5_stand_in(config["joint_attention_dim"]),
+        "text_encoder": stand_in(
+            lambda: clip_encoder("CLIPTextModel", hidden=config["pooled_projection_dim"])
+        ),
+        "text_encoder_2": stand_in(lambda: t5_encoder(hidden=config["joint_attention_dim"])),
         "tokenizer": make_tokenizer(77),
         "tokenizer_2": make_tokenizer(512),
     }
@@ -107,43 +114,11 @@ def make_full(
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def t5_stand_in(width: int) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
+def stand_in(make: Callable[[], Any]) -> Any:
+    """A text encoder of the demo's, with seeded weights in bfloat16."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        config = T5Config(
-            vocab_size=VOCAB_SIZE,
-            d_model=width,
-            d_kv=16,
-            d_ff=64,
-            num_layers=1,
-            num_heads=2,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
-        return T5EncoderModel(config).eval().to(torch.bfloat16)
-
-
-def clip_stand_in(width: int) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        config = CLIPTextConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=width,
-            intermediate_size=64,
-            projection_dim=width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-        )
-        return CLIPTextModel(config).eval().to(torch.bfloat16)
+        return make().to(torch.bfloat16)
 
 
 def write_part(path: Path, kind: Any, config: dict[str, Any]) -> int:

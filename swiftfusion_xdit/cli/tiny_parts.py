@@ -33,13 +33,13 @@ def make_tokenizer(max_length: int) -> Any:
     )
 
 
-def t5_encoder(encoder_class: str = "T5EncoderModel") -> Any:
+def t5_encoder(encoder_class: str = "T5EncoderModel", *, hidden: int = TEXT_DIM) -> Any:
     import transformers
 
     config_class = transformers.UMT5Config if "UMT5" in encoder_class else transformers.T5Config
     config = config_class(
         vocab_size=VOCAB_SIZE,
-        d_model=TEXT_DIM,
+        d_model=hidden,
         d_kv=16,
         d_ff=64,
         num_layers=2,
