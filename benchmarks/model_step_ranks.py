@@ -24,11 +24,10 @@ from benchmarks.model_step_xdit import (
     step_inputs,
     without_communication,
 )
+from swiftfusion_xdit import envs
 from swiftfusion_xdit.attention.reference import relative_error
 from swiftfusion_xdit.cli.bench_parts import Ranks
 from swiftfusion_xdit.cli.bench_report import spread
-
-LAYER_GRAPHS = "SWIFTFUSION_LAYER_GRAPHS"
 
 
 class ModelStep:
@@ -96,8 +95,9 @@ class ModelStep:
         patches = Patches()
         try:
             if case.kind == "ours":
-                # Runners of layers look at it when they are made, in the first step.
-                patches.set_item(os.environ, LAYER_GRAPHS, str(int(case.layer_graphs)))
+                # What attends looks at it when it is made, in the first step.
+                name = envs.variable_name("LAYER_GRAPHS")
+                patches.set_item(os.environ, name, str(int(case.layer_graphs)))
                 session = self._session(case, state)
                 dispatch.install(usp, session, patches)
                 patches.set(sessions, "_current", session)

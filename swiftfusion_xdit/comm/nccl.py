@@ -11,6 +11,7 @@ FREE needs no message: the receiver itself begins the receive, after its own ear
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +29,11 @@ from swiftfusion_xdit.comm.watchdog import end_process
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.topology import Topology
 
+logger = logging.getLogger(__name__)
+
 HIGH_PRIORITY = -1  # of a stream
 TORCH_TIMEOUT_S = 600.0  # of its NCCL groups
+NO_GROUP = "nccl: no group of its own could be made; transfers may wait until attention ends"
 
 
 @dataclass
@@ -125,6 +129,8 @@ class NcclCommunicator(StreamCommunicator):
         self._transfers: dict[int, list[_Transfers]] = {}  # by buffer number, then parity
         self._layer: _Layer | None = None
         self._global_ranks = [dist.get_global_rank(group, peer) for peer in range(self.size)]
+        if own is None and self.rank == 0:
+            logger.warning(NO_GROUP)
         self._nccl = group if own is None else own
         # Connects now: a first use inside a graph capture would be too late.
         dist.all_reduce(torch.zeros(1, device=self.device), group=self._nccl)
@@ -326,7 +332,8 @@ def _can_make_group(group: dist.ProcessGroup) -> bool:
     groups that a rank knows, which must be the same on all.
     """
     default = dist.group.WORLD
+    assert default is not None
     num_known = segment.exchange(group, [len(dist.distributed_c10d._world.pg_names)])
-    is_bound = default is not None and default.bound_device_id is not None
-    needs_all = is_bound and default is not None and group.size() != default.size()
+    is_bound = default.bound_device_id is not None
+    needs_all = is_bound and group.size() != default.size()
     return not needs_all and all(each == num_known[0] for each in num_known)

@@ -38,7 +38,11 @@ class SideStreams:
         self._device = device
         self._side = [torch.cuda.Stream(device) for _ in STREAMS[1:]]
         self._last = torch.cuda.current_stream(device)
-        self.capture = torch.cuda.Stream(device)  # stands for the current one in a capture
+
+    @cached_property
+    def capture(self) -> torch.cuda.Stream:
+        """What stands for the current stream while a layer is captured."""
+        return torch.cuda.Stream(self._device)
 
     def enter(self) -> list[torch.cuda.Stream]:
         """The streams of one layer, in the order of ``STREAMS``; the first is the current one.

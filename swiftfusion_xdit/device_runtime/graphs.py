@@ -16,7 +16,6 @@ import torch
 
 from swiftfusion_xdit import envs
 
-VARIABLE = f"{envs.PREFIX}LAYER_GRAPHS"
 MOST_GRAPHS = 128
 MOST_SEEN = 4096  # layers that are remembered to have come once
 
@@ -65,6 +64,7 @@ class LayerGraphs:
                 graph.capture_end()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"{VARIABLE}=1: a layer was not captured ({reason})") from error
+            variable = envs.variable_name("LAYER_GRAPHS")
+            raise RuntimeError(f"{variable}=1: a layer was not captured ({reason})") from error
         self._graphs[key] = graph
         return graph
