@@ -20,8 +20,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from swiftfusion_xdit.cli.bench_report import tables_console
 
 SHAPES = "flux1024,flux2048,flux3072,wan480,wan720"
 TCP_SHAPES = ("flux3072", "wan480")  # of these, if they are among the shapes
@@ -157,9 +158,7 @@ def main() -> int:
         all_passed &= ended == "passed"
         table.add_row(stage.name, f"{took_s:.0f}", ended)
         print(f"{stage.name}: {ended}, {took_s:.0f} s", flush=True)
-    console = Console(highlight=False, markup=False)
-    console.width = console.width if console.is_terminal else 150
-    console.print(table)
+    tables_console().print(table)
     return 0 if all_passed else 1
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import quartiles
 from benchmarks.image_config import Case, Settings
 from benchmarks.image_launch import Launched
+from swiftfusion_xdit.cli.bench_report import tables_console
 
 # Of 57 layers, 28 steps and the real VAE, two heads wide, on a CPU: rounding made 0.018; wrong in
 # all layers, keys without their last tenth 0.045, two halves merged without their weights 0.09, one
@@ -148,9 +148,7 @@ def show(report: Mapping[str, Any], settings: Settings) -> None:
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "note")
     for row in report["results"]:
         table.add_row(*_cells(row))
-    console = Console(highlight=False, markup=False)
-    console.width = console.width if console.is_terminal else 150
-    console.print(table)
+    tables_console().print(table)
     print(*(f"{name}: {text}" for name, text in METHOD.items()), sep="\n")
 
 

@@ -41,24 +41,10 @@ from benchmarks.trace_events import (
 from swiftfusion_xdit.cli import bench
 from swiftfusion_xdit.cli.bench_config import SHAPES
 from swiftfusion_xdit.cli.bench_launch import run_ranks
-from swiftfusion_xdit.cli.bench_report import spread, write_json
+from swiftfusion_xdit.cli.bench_report import spread, tables_console, write_json
 from swiftfusion_xdit.simulate import timeline
 
 NAME = "layer_trace"
-# What `swiftfusion bench layer` takes too, and this benchmark leaves alone.
-FIXED: dict[str, Any] = {
-    "strategies": "usp,torus",
-    "groups": "",
-    "mesh": None,
-    "machines": 1,
-    "transport": "auto",
-    "tcp": False,
-    "stock_graph": False,
-    "layer_graphs": False,
-    "parts": False,
-    "rounds": None,
-    "seconds": 1.0,
-}
 METHOD = {
     "recording": f"{WARM_LAYERS} layers that are left out, then `layers` layers, back to back "
     f"between all-reduces, twice under torch.profiler with CUDA activities alone; the second time "
@@ -107,7 +93,8 @@ def make_config(arguments: list[str]) -> tuple[TraceConfig, Path]:
     add("--timeout", type=float, default=600.0, help="seconds for the whole run (600)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for JSON and pictures")
     args = parser.parse_args(arguments)
-    given = argparse.Namespace(**{**vars(args), **FIXED})
+    fixed = {"strategies": "usp,torus"}
+    given = argparse.Namespace(**{**bench.layer_defaults(), **vars(args), **fixed})
     if given.backends is None and bench.make_config(given).device == "cuda":
         given.backends = "fa4"
     base = bench.make_config(given)
@@ -263,9 +250,7 @@ def _note(case: dict[str, Any]) -> str:
 def run(config: TraceConfig, output: Path, arguments: list[str]) -> dict[str, Any]:
     """Record, print the tables, write pictures and, after each shape, the JSON."""
     output.mkdir(parents=True, exist_ok=True)
-    tables, start_s = Console(highlight=False, markup=False), time.monotonic()
-    if not tables.is_terminal:
-        tables.width = bench.WIDTH
+    tables, start_s = tables_console(), time.monotonic()
     report: dict[str, Any] = {
         "benchmark": NAME,
         "question": (__doc__ or "").splitlines()[0],

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import step_models
@@ -44,7 +43,7 @@ from benchmarks.model_step_config import (
 from benchmarks.model_step_ranks import ModelStep
 from swiftfusion_xdit.cli import machine
 from swiftfusion_xdit.cli.bench_parts import Ranks
-from swiftfusion_xdit.cli.bench_report import write_json
+from swiftfusion_xdit.cli.bench_report import tables_console, write_json
 
 METHOD = {
     "ms": "Strategies take turns in each round, and the first one rotates. A turn is a barrier, "
@@ -75,9 +74,7 @@ def show(found: dict[str, Any], settings: Settings) -> None:
         for result in found["results"]:
             if result["compiled"] is compiled:
                 table.add_row(*_row(result))
-    console = Console(highlight=False, markup=False)
-    console.width = console.width if console.is_terminal else 150
-    console.print(table)
+    tables_console().print(table)
 
 
 def _row(result: dict[str, Any]) -> list[str]:

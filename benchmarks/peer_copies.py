@@ -30,8 +30,13 @@ TOTAL_MIB = 192.0  # that each GPU pushes in a sample
 NUM_SAMPLES = 7
 
 
+def num_copies(size: int, peers: int) -> int:
+    """Of a sample: equally many to each peer."""
+    return max(peers, round(TOTAL_MIB * 2**20 / size / peers) * peers)
+
+
 class Pushes:
-    """The copies of all GPUs: ``num_peers`` in turn, on one stream or on a stream each."""
+    """The copies of all GPUs, to peers in turn, on one stream or on a stream each."""
 
     def __init__(self, lib: native.Native, num_gpus: int, memory: dict[int, torch.Tensor]) -> None:
         self.lib, self.num_gpus, self.memory = lib, num_gpus, memory
@@ -39,11 +44,10 @@ class Pushes:
     def graphs(self, size: int, width: int, peers: int, streams: int, by_kernel: bool) -> list[Any]:
         """A CUDA graph for each GPU."""
         rows = size // width
-        count = max(peers, round(TOTAL_MIB * 2**20 / size / peers) * peers)
         found = []
         for rank in range(self.num_gpus):
             ops = [Op.record(0, 0), *(Op.wait_event(s, 0) for s in range(1, streams))]
-            for idx in range(count):
+            for idx in range(num_copies(size, peers)):
                 distance = 1 + idx % peers
                 ops += Op.copies(
                     (distance - 1) % streams,
@@ -118,7 +122,7 @@ def measure(num_gpus: int) -> list[dict[str, Any]]:
         for streams in sorted({1, peers}):
             graphs = pushes.graphs(size, width, peers, streams, by_kernel)
             us = pushes.microseconds(graphs)
-            count = max(peers, round(TOTAL_MIB * 2**20 / size / peers) * peers)
+            count = num_copies(size, peers)
             found.append(
                 {
                     "mib": mib,

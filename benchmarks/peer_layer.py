@@ -26,19 +26,6 @@ from benchmarks.peers.bench import PeerConfig
 from swiftfusion_xdit.cli import bench, bench_report
 from swiftfusion_xdit.cli.bench_config import SHAPES
 
-# What `swiftfusion bench layer` takes too, and this benchmark leaves alone.
-FIXED: dict[str, Any] = {
-    "schedules": "auto",
-    "groups": "",
-    "mesh": None,
-    "machines": 1,
-    "transport": "auto",
-    "tcp": False,
-    "stock_graph": False,
-    "layer_graphs": False,
-    "parts": False,
-}
-
 
 def make_config(arguments: list[str]) -> tuple[PeerConfig, Path | None]:
     """The checked arguments, and where the JSON goes.
@@ -67,7 +54,8 @@ def make_config(arguments: list[str]) -> tuple[PeerConfig, Path | None]:
     args = parser.parse_args(arguments)
     names = args.peers.split(",") if args.peers else list(PEERS)
     strategies = "usp,torus" if args.stock else "torus"
-    given = argparse.Namespace(**{**vars(args), **FIXED, "strategies": strategies})
+    fixed = {"schedules": "auto", "strategies": strategies}
+    given = argparse.Namespace(**{**bench.layer_defaults(), **vars(args), **fixed})
     base = bench.make_config(given)
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     return PeerConfig(**fields, peers=tuple(name.strip() for name in names)), args.json

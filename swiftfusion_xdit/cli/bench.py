@@ -26,7 +26,6 @@ from swiftfusion_xdit.envs import SCHEDULES
 
 CPU_SHAPE = "1,1024,8,64"
 CPU_RANKS = 2
-WIDTH = 150  # of tables that are written to a file or a pipe
 Report = dict[str, Any]
 
 
@@ -46,6 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_layer_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: GPUs if any")
     add("--shapes", help=f"of {','.join(SHAPES)} or custom B,S,H,D (all; on CPU {CPU_SHAPE})")
@@ -68,7 +72,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--seconds", type=float, default=4.0, help="for the rounds of one shape (4)")
     add("--timeout", type=float, default=600.0, help="seconds for the whole run (600)")
     add("--json", type=Path, metavar="FILE", help="write the results here too, after each shape")
-    parser.set_defaults(run=run)
+
+
+def layer_defaults() -> dict[str, Any]:
+    """What `bench layer` is called with where nothing is said, for benchmarks that build on it."""
+    parser = argparse.ArgumentParser()
+    _add_layer_arguments(parser)
+    return vars(parser.parse_args([]))
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -195,9 +205,7 @@ def collect(config: BenchConfig, report: Report, path: Path | None, console: Con
     """
     from swiftfusion_xdit.cli.bench_launch import run_ranks
 
-    tables, start_s = Console(highlight=False, markup=False), time.monotonic()
-    if not tables.is_terminal:
-        tables.width = WIDTH
+    tables, start_s = reports.tables_console(), time.monotonic()
 
     def take(kind: str, value: dict[str, Any]) -> None:
         if kind == "machine":

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+WIDTH = 150  # of tables that are written to a file or a pipe
 METHOD = {
     "turns": (
         "All cases of a shape take turns in each round, and the first one rotates. A turn is a "
@@ -31,6 +33,14 @@ METHOD = {
     "error": "Norm of the difference to attention in fp64 over its norm, on 32 query rows a rank.",
     "host": "Microseconds that the host takes to enqueue one eager layer, on the slowest rank.",
 }
+
+
+def tables_console() -> Console:
+    """Where benchmarks print their tables."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
