@@ -138,7 +138,7 @@ class SequenceParallel:
         self._agreement.require_equal(
             "options",
             f"{strategy} {schedule} {groups} {transport} {self.backend.name} {self._forced_mesh} "
-            f"{wire}",
+            f"{wire} {'tuned' if self._tune else ''}",
         )
         self._comm: Communicator = create_communicator(
             transport, group, self.topology, timeout_s=self.timeout_s, device=self.device

@@ -37,12 +37,15 @@ def test_constructor(rank_pool, options: dict, message: str) -> None:
         assert pytest.raises(ValueError, match=message).matches(ValueError(said)), said
 
 
-def differing_options(rank: int, world_size: int) -> str:
-    return construct(rank, world_size, {"schedule": ("torus", "pipelined")[rank]})
+def differing_options(rank: int, world_size: int, option: str, values: tuple) -> str:
+    return construct(rank, world_size, {option: values[rank]})
 
 
-def test_options_differ_between_ranks(rank_pool) -> None:
-    for said in rank_pool(2).run(differing_options):
+@pytest.mark.parametrize(
+    ("option", "values"), [("schedule", ("torus", "pipelined")), ("tune", (False, True))]
+)
+def test_options_differ_between_ranks(rank_pool, option: str, values: tuple) -> None:
+    for said in rank_pool(2).run(differing_options, option, values):
         assert "options must be the same on every rank: ranks [1] differ from rank 0" in said
 
 
