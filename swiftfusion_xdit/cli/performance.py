@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#9a9a9a", "#e08e2b", "#2b7bba", "#3a9d5d")
+COLOURS = ("#9a9a9a", "#e08e2b", "#2b7bba", "#3a9d5d", "#8a5fb0")
 TEXT_COLUMNS = 3  # of every table; numbers follow
 VERSIONS = ("torch", "cuda", "xfuser", "flash-attn-4", "nccl")
 HEAD = "<!-- written by `swiftfusion bench report`; edits are lost -->"
@@ -145,10 +145,21 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
     )
 
 
+def _is_planned(
+    case: dict[str, Any], mode: str, wanted: str, *, layer_graphs: bool = False
+) -> bool:
+    return (case["schedule"], mode, case.get("layer_graphs", False)) == (
+        "auto",
+        wanted,
+        layer_graphs,
+    )
+
+
 _LAYER_CASES: dict[str, Callable[[dict[str, Any], str], bool]] = {
     "xDiT's best": lambda case, mode: case["kind"] == "usp",
-    "torus, eager": lambda case, mode: (case["schedule"], mode) == ("auto", "eager"),
-    "torus, CUDA graph": lambda case, mode: (case["schedule"], mode) == ("auto", "graph"),
+    "torus, eager": lambda case, mode: _is_planned(case, mode, "eager"),
+    "torus, layer graphs": lambda case, mode: _is_planned(case, mode, "eager", layer_graphs=True),
+    "torus, CUDA graph": lambda case, mode: _is_planned(case, mode, "graph"),
     "torus, best schedule": lambda case, mode: case["kind"] == "torus",
 }
 
