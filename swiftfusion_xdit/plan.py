@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ from swiftfusion_xdit.schedule.steps import (
     TensorName,
     Wait,
 )
+from swiftfusion_xdit.schedule.turns import Message, turns
 from swiftfusion_xdit.simulate.cost import tiles_per_head
 from swiftfusion_xdit.topology import Topology
 
@@ -42,6 +44,9 @@ PIPELINED_GROUPS = 2  # where the device is not known
 FUSED_TILE_ROWS = 128  # keys that a fused call loads at a time
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 ALIGNMENT_BYTES = 256
+# Of a message that is let arrive before the next turn: of shorter ones, whose copies take less than
+# about 20 us, the flags cost more than keeping in step saves.
+LEAST_TURN_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -279,22 +284,54 @@ class Plan:
         return self.message_block(owner, block)
 
     @cached_property
-    def _flag_stride(self) -> tuple[int, int]:
-        return max(map(len, self.full_flags)), max(map(len, self.free_flags))
+    def turns(self) -> dict[Message, Message]:
+        """Of each message that keeps turns: the one that its writer lets arrive before."""
+        return {
+            message: before
+            for message, before in turns(self.schedule).items()
+            if self._message_bytes[before.peer, before.last] >= LEAST_TURN_BYTES
+        }
+
+    @cached_property
+    def _message_bytes(self) -> Counter[tuple[int, Block]]:
+        """Of (owner, last block of a message to it): its bytes."""
+        found: Counter[tuple[int, Block]] = Counter()
+        for (owner, block), last in self._message_blocks.items():
+            found[owner, last] += self.layouts[owner].slot(block, 0).num_bytes
+        return found
+
+    @cached_property
+    def turn_flags(self) -> tuple[dict[Message, int], ...]:
+        """Per rank: the number of the TURN flag of each message that it lets arrive."""
+        return tuple(
+            {before: i for i, before in enumerate(b for b in self.turns.values() if b.peer == rank)}
+            for rank in range(self.mesh.size)
+        )
+
+    @cached_property
+    def _num_flags(self) -> tuple[int, int, int]:
+        """FULL, FREE and TURN flags of a parity, on the rank that has most of each."""
+        kinds = (self.full_flags, self.free_flags, self.turn_flags)
+        full, free, turn = (max(map(len, flags)) for flags in kinds)
+        return full, free, turn
 
     @property
     def num_flags(self) -> int:
-        return NUM_PARITIES * sum(self._flag_stride)
+        return NUM_PARITIES * sum(self._num_flags)
 
     def full_flag(self, owner: int, block: Block, parity: int) -> int:
         """Index, at ``owner``, of the flag that says its slot is full."""
-        num_full, num_free = self._flag_stride
-        return parity * (num_full + num_free) + self.full_flags[owner][block]
+        return parity * sum(self._num_flags) + self.full_flags[owner][block]
 
     def free_flag(self, writer: int, peer: int, block: Block, parity: int) -> int:
         """Index, at ``writer``, of the flag that says its slot at ``peer`` may be written."""
-        num_full, num_free = self._flag_stride
-        return parity * (num_full + num_free) + num_full + self.free_flags[writer][peer, block]
+        begin = parity * sum(self._num_flags) + self._num_flags[0]
+        return begin + self.free_flags[writer][peer, block]
+
+    def turn_flag(self, message: Message, parity: int) -> int:
+        """Index, at its peer, of the flag that says that this message has arrived there."""
+        begin = parity * sum(self._num_flags) + sum(self._num_flags[:2])
+        return begin + self.turn_flags[message.peer][message]
 
 
 def make_plan(

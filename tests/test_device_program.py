@@ -279,26 +279,99 @@ def test_the_machine_notices_what_is_missing(kind: OpKind, machine: Machine) -> 
             check_layers(plan_of("folded", Mesh(torus=2)), machine, seed)
 
 
+@pytest.fixture
+def long_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every message is worth keeping turns for."""
+    monkeypatch.setattr("swiftfusion_xdit.plan.LEAST_TURN_BYTES", 0)
+
+
 @pytest.mark.parametrize(
-    ("schedule", "mesh", "lanes"),
-    [("pipelined", Mesh(ring=4), 3), ("torus", Mesh(torus=4), 3), ("torus", Mesh(2, 1, 2), 2)],
+    ("schedule", "mesh", "groups"),
+    [
+        *((name, mesh, 1) for name in ("torus", "folded") for mesh in MESHES if mesh.size > 2),
+        *(("pipelined", mesh, 2) for mesh in MESHES if mesh.size > 2),
+        ("fused", Mesh(ring=3), 3),
+        ("fused", Mesh(ring=4), 2),
+    ],
     ids=str,
 )
-def test_each_peer_is_put_to_on_a_stream_of_its_own(
-    schedule: str, mesh: Mesh, lanes: int, machine: Machine
+@pytest.mark.parametrize("parities", [(0, 1, 0, 1, 0), (0, 0, 0, 1, 1)], ids=str)
+def test_ranks_that_keep_turns(
+    schedule: str,
+    mesh: Mesh,
+    groups: int,
+    parities: tuple[int, ...],
+    long_messages: None,
+    machine: Machine,
 ) -> None:
-    ranks = Ranks(plan_of(schedule, mesh), machine)
-    ends = [memory.data_ptr() for memory in ranks.memories]
-    own = set(range(ends[0], ends[0] + ranks.memories[0].numel()))
-    streams: dict[int, set[int]] = {}
-    for op in next(iter(ranks.runners[0]._compiled.values())).program.ops:
-        if op.kind == OpKind.COPY and op.dst_base < 0 and op.dst_offset not in own:
-            peer = max((start, rank) for rank, start in enumerate(ends) if start <= op.dst_offset)[
-                1
-            ]
-            streams.setdefault(peer, set()).add(op.stream)
-    assert len(streams) == lanes and all(len(each) == 1 for each in streams.values())
-    assert len(set.union(*streams.values())) == lanes
+    keys = uneven(200 * mesh.size + 1, mesh.size)
+    plan = fused_plan(keys, groups) if schedule == "fused" else plan_of(schedule, mesh, groups)
+    assert plan.turns or mesh.ring * mesh.ulysses <= 2 >= mesh.torus
+    for seed in range(2):
+        check_layers(plan, machine, seed, parities)
+
+
+def copies_out_of_turn(plan: Plan, machine: Machine, seed: int) -> int:
+    """Of one layer: copies to a peer while the sender's own arrival of the turn before is due."""
+    machine.seed = seed
+    ranks = Ranks(plan, machine)
+    starts = [memory.data_ptr() for memory in ranks.memories]
+    ends = [start + memory.numel() for start, memory in zip(starts, ranks.memories, strict=True)]
+    size, due = plan.mesh.size, dict[tuple[int, int], int]()
+    found = [0]
+    program = FakeProgram._meaning
+
+    def turn(writer: int, peer: int) -> int:
+        return (peer - writer) % size
+
+    def watched(self: FakeProgram, op: Any, kind: OpKind, src: int, dst: int) -> Any:
+        run, ready = program(self, op, kind, src, dst)
+        inside = [i for i in range(size) if starts[i] <= dst < ends[i]]
+        writer = (self._streams[op.stream] - 1) // len(STREAMS)
+        if kind != OpKind.COPY or not inside or inside[0] == writer:
+            return run, ready
+        peer, number = inside[0], turn(writer, inside[0])
+        due[peer, number] = due.get((peer, number), 0) + 1
+
+        def copy() -> None:
+            found[0] += bool(due.get((writer, number - 1)))
+            due[peer, number] -= 1
+            run()
+
+        return copy, ready
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeProgram, "_meaning", watched)
+        inputs = [rows(plan, runner.rank, seed=0) for runner in ranks.runners]
+        outs = [
+            runner.run(*mine, scale=0.3) for runner, mine in zip(ranks.runners, inputs, strict=True)
+        ]
+        machine.drain()
+        del outs  # not before: addresses of theirs are enqueued
+    return found[0]
+
+
+def test_ranks_keep_in_step(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring of four puts to the next rank, then to the one after it, and so on."""
+    mesh, seeds = Mesh(ring=4), range(5)
+    assert any(copies_out_of_turn(plan_of("torus", mesh), machine, seed) for seed in seeds)
+    monkeypatch.setattr("swiftfusion_xdit.plan.LEAST_TURN_BYTES", 0)
+    assert not any(copies_out_of_turn(plan_of("torus", mesh), machine, seed) for seed in seeds)
+
+
+def test_short_messages_keep_no_turns() -> None:
+    def flags(rows: int) -> int:
+        shape = AttentionShape(1, (rows,) * 4, (rows,) * 4, 8, 8, 128, torch.bfloat16)
+        return sum(map(len, Plan(shape, build("torus", Mesh(ring=4))).turn_flags))
+
+    # Keys and values of a rank: 4 KiB a row.
+    assert (flags(1023), flags(1024)) == (0, 2 * 4)
+
+
+def test_the_watchdog_knows_the_turns(long_messages: None, machine: Machine) -> None:
+    runner = Ranks(plan_of("torus", Mesh(ring=4)), machine).runners[1]
+    named = [(flag.name, peer) for flag, peer in runner._own_flags() if "TURN" in flag.name]
+    assert named == 2 * [(f"TURN of v[chunk {peer}, heads 0]", peer) for peer in (0, 3)]
 
 
 def check_repeated(

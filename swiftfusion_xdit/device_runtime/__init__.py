@@ -100,7 +100,7 @@ class DeviceRunner(LayerRunner):
 
     def _own_flags(self) -> list[tuple[Flag, int]]:
         """Every flag that this rank waits for, and who signals it, for the watchdog's report."""
-        return [
+        flags = [
             (self.awaited_flag(step, parity), step.peer)
             for parity in range(NUM_PARITIES)
             for step in self.program.steps
@@ -109,6 +109,11 @@ class DeviceRunner(LayerRunner):
                 step.peer if isinstance(step, Put) else self.rank, step.block
             )
             == step.block
+        ]
+        return flags + [
+            (Flag(self.plan.turn_flag(message, parity), f"TURN of {message.last}"), message.writer)
+            for parity in range(NUM_PARITIES)
+            for message in self.plan.turn_flags[self.rank]
         ]
 
     def run(

@@ -13,7 +13,6 @@ from swiftfusion_xdit.device_runtime.fused import FusedCall
 from swiftfusion_xdit.native import ABSOLUTE, Op, Place, Program
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule.hazards import dependencies
-from swiftfusion_xdit.schedule.lanes import lane_names, spread_puts
 from swiftfusion_xdit.schedule.messages import runs
 from swiftfusion_xdit.schedule.steps import (
     Attend,
@@ -26,11 +25,12 @@ from swiftfusion_xdit.schedule.steps import (
     Step,
     Wait,
 )
+from swiftfusion_xdit.schedule.turns import Message
 
 if TYPE_CHECKING:
     from swiftfusion_xdit.device_runtime import DeviceRunner
 
-STREAMS = ("compute", "compute2", *lane_names("ring"), *lane_names("torus"))
+STREAMS = ("compute", "compute2", "ring", "torus")
 INPUTS = ("q", "k", "v")
 ASIDE = 1  # compute2: a stream that waits for peers before it does anything else
 OUT = 3  # bases: q, k, v, the result, then finished outputs
@@ -60,7 +60,7 @@ class Compiler:
         self.plan = runner.plan
         self.parity = parity
         self.strides = dict(zip(INPUTS, strides, strict=True))
-        self.program = spread_puts(runner.program)
+        self.program = runner.program
         assert isinstance(runner.buffer, StreamBuffer)
         self.buffer = runner.buffer
         self.ops: list[Op] = []
@@ -220,20 +220,29 @@ class Compiler:
         self.ops.append(Op.wait_event(STREAMS.index(step.stream), event))
 
     def _put(self, steps: list[Put]) -> None:
-        """One message: all copies, then its flag.
+        """One message, when it is its turn: all copies, then its flags.
 
         FREE is cleared before FULL tells the peer that it may give the slots back.
         """
         plan, parity = self.plan, self.parity
         stream, end = STREAMS.index(steps[0].stream), steps[-1]
+        message = Message(self.runner.rank, end.peer, end.block)
         if end.block.tensor == "o":
             free = self._own_flag(end)
             self.ops += [Op.wait(stream, free), Op.clear(stream, free)]
+        if message in plan.turns:
+            turn = self._turn_flag(plan.turns[message])
+            self.ops += [Op.wait(stream, turn), Op.clear(stream, turn)]
         for step in steps:
             slot = plan.layouts[end.peer].slot(step.block, parity)
             self._copy(stream, self._source(step.block), self._at(end.peer, slot))
         full = plan.full_flag(end.peer, end.block, parity)
         self.ops.append(Op.write(stream, self._flag_place(full, end.peer)))
+        if message in plan.turn_flags[end.peer]:
+            self.ops.append(Op.write(stream, self._turn_flag(message)))
+
+    def _turn_flag(self, message: Message) -> Place:
+        return self._flag_place(self.plan.turn_flag(message, self.parity), message.peer)
 
     def _step(self, step: Step) -> None:
         rank, plan, parity = self.runner.rank, self.plan, self.parity
