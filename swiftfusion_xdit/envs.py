@@ -49,6 +49,16 @@ def parse_bool(text: str) -> bool:
     raise ValueError("must be one of 1, 0, true, false, yes, no, on, off")
 
 
+def parse_switch(text: str) -> bool | None:
+    """``auto`` (None: decided case by case), or as ``parse_bool``."""
+    if text.lower() == "auto":
+        return None
+    try:
+        return parse_bool(text)
+    except ValueError:
+        raise ValueError("must be one of auto, 1, 0, true, false, yes, no, on, off") from None
+
+
 def parse_seconds(text: str) -> float:
     """A positive number of seconds."""
     try:
@@ -91,7 +101,9 @@ VARIABLES: dict[str, Variable] = {
         parse_bool, False, "1: the planner's best few are timed, the fastest is taken"
     ),
     "LAYER_GRAPHS": Variable(
-        parse_bool, False, "1: layers that come again are repeated as CUDA graphs"
+        parse_switch,
+        None,
+        "layers that come again are repeated as CUDA graphs; auto: where the host is the bound",
     ),
     "REPORT_DIR": Variable(
         parse_text, None, "directory in which every rank writes rankN.json when it exits"

@@ -71,7 +71,8 @@ class SequenceParallel:
         tune: on GPUs, whether the planner's best few are timed when a shape is first seen, and the
             fastest is taken; by default ``SWIFTFUSION_TUNE``.
         layer_graphs: on GPUs, whether layers at addresses that come again are repeated as CUDA
-            graphs; by default ``SWIFTFUSION_LAYER_GRAPHS``.
+            graphs; by default ``SWIFTFUSION_LAYER_GRAPHS``, and where that is ``auto``, those whose
+            attention is so short that the host is the bound.
         device: where the tensors live; by default the CPU, or the current GPU if the group's
             backend is NCCL.
 

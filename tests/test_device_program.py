@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from swiftfusion_xdit import envs
 from swiftfusion_xdit.attention.reference import reference_attention, relative_error
-from swiftfusion_xdit.comm.stream import StreamBuffer, memory_bytes
-from swiftfusion_xdit.device_runtime import DeviceRunner, calls, scratch
+from swiftfusion_xdit.comm.stream import StreamBuffer, StreamCommunicator, memory_bytes
+from swiftfusion_xdit.device_runtime import DeviceRunner, calls, graphs, scratch
 from swiftfusion_xdit.device_runtime.fused import FusedCall
-from swiftfusion_xdit.device_runtime.graphs import MOST_GRAPHS, LayerGraphs
+from swiftfusion_xdit.device_runtime.graphs import MOST_GRAPHS, LayerGraphs, wants_graphs
 from swiftfusion_xdit.device_runtime.program import STREAMS
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.native.ops import OpKind
@@ -41,8 +43,13 @@ MESHES = [*meshes_of(2), *meshes_of(4), Mesh(2, 2, 2), Mesh(3, 1, 2), Mesh(1, 3,
 class Ranks:
     """Device runners of every rank of a plan, on one machine."""
 
-    def __init__(self, plan: Plan, machine: Machine) -> None:
-        self.plan, self.machine = plan, machine
+    def __init__(
+        self,
+        plan: Plan,
+        machine: Machine,
+        layer_graphs: Callable[[int], bool | None] = lambda rank: False,
+    ) -> None:
+        self.plan, self.machine, self.layer_graphs = plan, machine, layer_graphs
         size = plan.symmetric_bytes + scratch.num_bytes(plan)
         self.memories = [
             torch.zeros(memory_bytes(size, plan.num_flags), dtype=torch.uint8)
@@ -54,36 +61,29 @@ class Ranks:
 
     def _runner(self, rank: int, size: int, addresses: list[int]) -> DeviceRunner:
         plan = self.plan
-        runner: Any = object.__new__(DeviceRunner)
-        runner.plan, runner.rank = plan, rank
-        runner.program = plan.schedule.programs[rank]
-        runner._layout = plan.layouts[rank]
-        runner.backend = StreamedBackend(self.machine)
-        runner.native = FakeNative(self.machine)
-        runner.buffer = StreamBuffer(
-            self.memories[rank], addresses, rank=rank, num_bytes=size, num_flags=plan.num_flags
-        )
         streams = [FakeStream(1 + rank * len(STREAMS) + idx) for idx in range(len(STREAMS))]
 
         def enter() -> list[FakeStream]:
             self.machine.current = streams[0]  # each rank's own process has this one
             return streams
 
-        runner._streams = SimpleNamespace(enter=enter, capture=FakeStream(-1 - rank))
-        runner._graphs = None
         address = self.notes.data_ptr()
-        runner.notes = SimpleNamespace(
+        comm = Mock(spec=StreamCommunicator, rank=rank, on_stream=False, timeout_s=1.0)
+        comm.topology, comm.counters = Topology.split(plan.mesh.size, 1), Mock()
+        comm.heartbeat = SimpleNamespace(
             begin_notes=lambda: [(address, 1), (address + 4, 1)],
             end_notes=lambda: [(address, 0)],
             stream_lane_address=lambda stream: address + 4,
         )
-        runner.timeout_s = 1.0
-        runner._comm = SimpleNamespace(
-            layer_context="",
-            topology=Topology.split(plan.mesh.size, 1),
-            counters=SimpleNamespace(add=lambda *_, **__: None),
+        comm.allocate.return_value = StreamBuffer(
+            self.memories[rank], addresses, rank=rank, num_bytes=size, num_flags=plan.num_flags
         )
-        runner._compiled, runner._num_layers = {}, 0
+        fakes: dict[str, Any] = {
+            "native": FakeNative(self.machine),
+            "streams": SimpleNamespace(enter=enter, capture=FakeStream(-1 - rank)),
+        }
+        backend, layer_graphs = StreamedBackend(self.machine), self.layer_graphs(rank)
+        runner = DeviceRunner(plan, comm, backend, **fakes, layer_graphs=layer_graphs)
         self._set_flags(runner)
         self._compile(runner, streams[0])
         return runner
@@ -375,15 +375,23 @@ def test_the_watchdog_knows_the_turns(long_messages: None, machine: Machine) -> 
 
 
 def check_repeated(
-    plan: Plan, machine: Machine, seed: int, *, ranks_with_graphs: set[int], steps: int = 6
+    plan: Plan,
+    machine: Machine,
+    seed: int,
+    *,
+    layer_graphs: Callable[[int], bool | None],
+    steps: int = 6,
 ) -> Ranks:
     """Steps of three layers, each with inputs and a result at addresses of its own."""
-    machine.seed, ranks = seed, Ranks(plan, machine)
+    machine.seed, ranks = seed, Ranks(plan, machine, layer_graphs)
     places = [[rows(plan, rank, seed=0) for rank in range(plan.mesh.size)] for _ in range(3)]
     outs: dict[int, Tensor] = {}
+
+    def result_like(q: Tensor) -> Tensor:
+        return outs.setdefault(q.data_ptr(), torch.empty_like(q))
+
     for runner in ranks.runners:
-        runner._graphs = LayerGraphs() if runner.rank in ranks_with_graphs else None
-        runner._result_like = lambda q: outs.setdefault(q.data_ptr(), torch.empty_like(q))
+        runner._result_like = result_like  # type: ignore[method-assign]
     for step in range(steps):
         for layer, place in enumerate(places):
             for runner, mine in zip(ranks.runners, place, strict=True):
@@ -400,6 +408,11 @@ def check_repeated(
                     error = relative_error(outs[mine[0].data_ptr()], part)
                     assert error <= 1e-5, f"step {step}, layer {layer}: {error:.2g}"
     return ranks
+
+
+def num_captured(ranks: Ranks) -> list[int]:
+    """Layers of each rank that are graphs."""
+    return [0 if each._graphs is None else len(each._graphs._graphs) for each in ranks.runners]
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
@@ -420,11 +433,45 @@ def test_layers_that_come_again_are_repeated_as_graphs(
     size = plan.mesh.size
     chosen = set(range(0, size, 2)) if some else set(range(size))
     for seed in range(2):
-        ranks = check_repeated(plan, machine, seed, ranks_with_graphs=chosen)
-        for runner in ranks.runners:
-            # Three places, even and odd layers; captured when they came for the second time.
-            found = 0 if runner._graphs is None else len(runner._graphs._graphs)
-            assert found == (6 if runner.rank in chosen else 0)
+        ranks = check_repeated(plan, machine, seed, layer_graphs=lambda rank: rank in chosen)
+        # Three places, even and odd layers; captured when they came for the second time.
+        assert num_captured(ranks) == [6 if rank in chosen else 0 for rank in range(size)]
+
+
+@pytest.mark.parametrize(
+    ("value", "small", "large"), [(None, 6, 0), ("auto", 6, 0), ("0", 0, 0), ("1", 6, 6)]
+)
+def test_layers_of_small_plans_are_graphs_by_default(
+    value: str | None,
+    small: int,
+    large: int,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SWIFTFUSION_LAYER_GRAPHS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SWIFTFUSION_LAYER_GRAPHS", value)
+    plan = plan_of("torus", Mesh(torus=2))
+    pairs = sum(plan.shape.query_lengths) * sum(plan.shape.key_lengths)
+    rank_flop = 4 * BATCH * HEADS * DIM * pairs / 2
+    for bound, found in ((graphs.HOST_BOUND_FLOP, small), (rank_flop, large)):
+        monkeypatch.setattr(graphs, "HOST_BOUND_FLOP", bound)
+        layer_graphs = envs.get("LAYER_GRAPHS")
+        ranks = check_repeated(plan, machine, 0, layer_graphs=lambda rank, each=layer_graphs: each)
+        assert num_captured(ranks) == [found, found]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_ranks", "wanted"),
+    [(4608, 2, True), (4608, 4, True), (16896, 4, False), (16896, 2, False), (75600, 8, False)],
+)
+def test_where_the_host_is_the_bound(rows: int, num_ranks: int, wanted: bool) -> None:
+    """FLUX.1 at 1024 and at 2048 pixels, on four GPUs where graphs were measured to pay or not."""
+    lengths = (rows // num_ranks,) * num_ranks
+    shape = AttentionShape(1, lengths, lengths, 24, 24, 128, torch.bfloat16)
+    plan = Plan(shape, build("torus", Mesh(ring=num_ranks)), 0)
+    assert wants_graphs(plan, None) is wanted
+    assert wants_graphs(plan, True) and not wants_graphs(plan, False)
 
 
 def test_what_cannot_be_captured_is_an_error_that_names_the_switch(
@@ -434,17 +481,17 @@ def test_what_cannot_be_captured_is_an_error_that_names_the_switch(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(FakeGraph, "capture_end", refuse)
-    expected = r"SWIFTFUSION_LAYER_GRAPHS=1: .*RuntimeError: operation not permitted"
+    expected = r"RuntimeError: operation not permitted.*; with SWIFTFUSION_LAYER_GRAPHS=0 none is"
     with pytest.raises(RuntimeError, match=expected):
-        check_repeated(plan_of("torus", Mesh(torus=2)), machine, 0, ranks_with_graphs={0, 1})
+        check_repeated(plan_of("torus", Mesh(torus=2)), machine, 0, layer_graphs=lambda rank: True)
 
 
 def test_room_for_graphs_has_an_end(machine: Machine) -> None:
-    graphs, stream = LayerGraphs(), FakeStream(-1)
+    found: Any = LayerGraphs()
     for number in range(MOST_GRAPHS):
-        assert not graphs.is_wanted(number) and graphs.is_wanted(number)
-        assert graphs.capture(number, stream, lambda: None) is graphs.find(number)
-    assert not graphs.is_wanted("one more") and not graphs.is_wanted("one more")
+        assert not found.is_wanted(number) and found.is_wanted(number)
+        assert found.capture(number, FakeStream(-1), lambda: None) is found.find(number)
+    assert not found.is_wanted("one more") and not found.is_wanted("one more")
 
 
 def test_calls_of_another_scale_reach_their_merges(machine: Machine) -> None:

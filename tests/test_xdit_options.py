@@ -109,15 +109,27 @@ def test_bad_flag_exits_with_2(
         ("MACHINES", "two"),
         ("TIMEOUT_S", "soon"),
         ("DISABLE", "maybe"),
+        ("LAYER_GRAPHS", "some"),
     ],
 )
 def test_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(f"SWIFTFUSION_{variable}", value)
     with pytest.raises(ValueError, match=f"SWIFTFUSION_{variable} .*{value!r}"):
-        if variable in ("TIMEOUT_S", "DISABLE"):
+        if variable in ("TIMEOUT_S", "DISABLE", "LAYER_GRAPHS"):
             envs.get(variable)
         else:
             hooks.resolve({})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [(None, None), ("auto", None), ("1", True), ("on", True), ("0", False)]
+)
+def test_layer_graphs_are_on_off_or_auto(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, value: bool | None
+) -> None:
+    if text is not None:
+        monkeypatch.setenv("SWIFTFUSION_LAYER_GRAPHS", text)
+    assert envs.get("LAYER_GRAPHS") is value
 
 
 def test_bad_field_is_named() -> None:

@@ -19,7 +19,7 @@ from swiftfusion_xdit.attention import Backend
 from swiftfusion_xdit.comm import Communicator, Flag
 from swiftfusion_xdit.comm.stream import StreamCommunicator
 from swiftfusion_xdit.device_runtime import scratch
-from swiftfusion_xdit.device_runtime.graphs import LayerGraphs
+from swiftfusion_xdit.device_runtime.graphs import LayerGraphs, wants_graphs
 from swiftfusion_xdit.device_runtime.program import STREAMS, Compiled, Compiler, Strides
 from swiftfusion_xdit.native import Native
 from swiftfusion_xdit.plan import NUM_PARITIES, Plan
@@ -68,9 +68,14 @@ class DeviceRunner(LayerRunner):
         *,
         native: Native,
         streams: SideStreams,
-        layer_graphs: bool = False,
+        layer_graphs: bool | None = None,
     ) -> None:
-        """Collective: allocates the plan's symmetric memory on every rank."""
+        """Collective: allocates the plan's symmetric memory on every rank.
+
+        Args:
+            layer_graphs: whether layers that come again are repeated as CUDA graphs, see
+                ``graphs.wants_graphs``; ranks need not agree.
+        """
         assert isinstance(comm, StreamCommunicator), comm
         self.native = native
         self._streams = streams
@@ -78,7 +83,7 @@ class DeviceRunner(LayerRunner):
         self._compiled: dict[tuple[int, Strides], Compiled] = {}
         self.notes = comm.heartbeat
         self.timeout_s = comm.timeout_s
-        self._graphs = LayerGraphs() if layer_graphs else None
+        self._graphs = LayerGraphs() if wants_graphs(plan, layer_graphs) else None
         super().__init__(plan, comm, backend)
         comm.name_flags(self.buffer, self._own_flags())
 
