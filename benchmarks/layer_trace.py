@@ -6,8 +6,9 @@
 Warm layers run back to back under a profiler, which records every kernel and copy of every rank.
 DIR gets `layer_trace.json` with the time in which no attention kernel was at work, and of each case
 one layer as a picture and for Perfetto. Of xDiT's it is Ulysses over all ranks. `--graph` records
-torus in a CUDA graph too; `--ahead` records all once more with the GPUs held until their hosts have
-enqueued the layers, so that what a host takes to launch kernels is left out.
+torus in a CUDA graph too; otherwise small layers are CUDA graphs of their own, as by default (none
+with SWIFTFUSION_LAYER_GRAPHS=0). `--ahead` records all once more with the GPUs held until their
+hosts have enqueued the layers, so that what a host takes to launch kernels is left out.
 """
 
 from __future__ import annotations

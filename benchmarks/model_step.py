@@ -52,6 +52,8 @@ METHOD = {
     "of the two times of a round, divided.",
     "ceiling": "Each rank attends, with our kernel, heads / ranks heads of as many rows as all "
     "ranks have together, made of its own rows: what torus would take if communication were free.",
+    "layer graphs": "Attention layers of torus are CUDA graphs of their own where "
+    "SWIFTFUSION_LAYER_GRAPHS says so, by default auto; without and with: it is 0 and 1.",
     "host ms": "Time until the calls of a step return, on the slowest rank.",
     "peak GiB": "torch.cuda.max_memory_allocated of the strategy's first steps, less what the "
     "strategies before it keep, plus torus's symmetric memory, which torch does not count.",
@@ -224,7 +226,7 @@ def main() -> None:
     words("--backends", default=None, help="xDiT's attention backends (CUDNN,FLASH_4)")
     words("--only", default=(), help="strategies by their names in the table")
     words("--schedules", default=("auto",), help="of auto,torus,folded,pipelined,fused (auto)")
-    add("--layer-graphs", action="store_true", help="also torus with SWIFTFUSION_LAYER_GRAPHS=1")
+    add("--layer-graphs", action="store_true", help="torus with SWIFTFUSION_LAYER_GRAPHS=0 and 1")
     add("--ranks", type=int, default=2, help="one GPU each (2)")
     add(
         "--compile",

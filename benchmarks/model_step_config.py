@@ -36,7 +36,7 @@ class Case:
     ulysses: int
     ring: int = 1
     schedule: str = "auto"
-    layer_graphs: bool = False  # with SWIFTFUSION_LAYER_GRAPHS
+    layer_graphs: bool | None = None  # None: as SWIFTFUSION_LAYER_GRAPHS says, by default auto
     compiled: bool = False
 
     @property
@@ -46,7 +46,9 @@ class Case:
         if self.kind == "ceiling":
             return f"no communication {self.backend}"
         forced = "" if self.schedule == "auto" else f"/{self.schedule}"
-        graphs = " with layer graphs" if self.layer_graphs else ""
+        graphs = ""
+        if self.layer_graphs is not None:
+            graphs = " with layer graphs" if self.layer_graphs else " without layer graphs"
         return f"torus{forced} {self.backend}{graphs}"
 
 
@@ -127,7 +129,7 @@ class Settings:
                 *(
                     Case("ours", backend, self.ranks, schedule=name, layer_graphs=graphs)
                     for name in self.schedules
-                    for graphs in ((False, True) if self.layer_graphs else (False,))
+                    for graphs in ((False, True) if self.layer_graphs else (None,))
                 ),
                 Case("ceiling", backend, self.ranks),
             ]

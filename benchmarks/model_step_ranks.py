@@ -50,7 +50,7 @@ class ModelStep:
         self.inputs = step_inputs(self.settings, self.latents, self.device)
         self.expected: Tensor | None = None
         self.compile_s = 0.0
-        self.sessions: dict[tuple[str, bool], Any] = {}
+        self.sessions: dict[tuple[str, bool | None], Any] = {}
         self.models: dict[Case, Any] = {}
         found = {case: self._first_steps(case) for case in self.settings.cases()}
         cases = [case for case, one in found.items() if one.failure is None]
@@ -96,8 +96,9 @@ class ModelStep:
         try:
             if case.kind == "ours":
                 # What attends looks at it when it is made, in the first step.
-                name = envs.variable_name("LAYER_GRAPHS")
-                patches.set_item(os.environ, name, str(int(case.layer_graphs)))
+                if case.layer_graphs is not None:
+                    name = envs.variable_name("LAYER_GRAPHS")
+                    patches.set_item(os.environ, name, str(int(case.layer_graphs)))
                 session = self._session(case, state)
                 dispatch.install(usp, session, patches)
                 patches.set(sessions, "_current", session)

@@ -103,8 +103,11 @@ def test_cases_cover_every_degree_schedule_and_mesh() -> None:
     over = [c.name for c in config(strategies=("torus",), transports=("shm", "auto")).cases()]
     assert "torus/torus cpu over shm" in over and "torus/torus cpu over auto" in over
     on_gpu = {"device": "cuda", "backends": ("fa4",), "dtype": "bfloat16", "schedules": ("auto",)}
-    (_, once, again) = config(**on_gpu, strategies=("torus",), layer_graphs=True).cases()
-    assert (once.name, again.name) == ("torus/auto fa4", "torus/auto fa4 with layer graphs")
+    (_, default) = config(**on_gpu, strategies=("torus",)).cases()
+    assert (default.name, default.layer_graphs) == ("torus/auto fa4", None)
+    (_, without, again) = config(**on_gpu, strategies=("torus",), layer_graphs=True).cases()
+    assert (without.name, without.layer_graphs) == ("torus/auto fa4 without layer graphs", False)
+    assert (again.name, again.layer_graphs) == ("torus/auto fa4 with layer graphs", True)
     grouped = [c.groups for c in config(strategies=("torus",), groups=(1, 3)).cases()]
     assert grouped == [None, None, None, 1, 3]  # floor, torus, pipelined thrice
 

@@ -82,11 +82,13 @@ def test_a_layer_shows_each_side_at_its_best_and_what_failed_not_at_all(tmp_path
     assert "torch 2. Made with\n\n    swiftfusion bench layer" in section.text
 
 
-def test_layer_graphs_are_a_way_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("without", [False, None], ids=["none", "as by default"])
+def test_layer_graphs_are_a_way_of_their_own(without: bool | None, tmp_path: Path) -> None:
     report = layer_report()
     cases = report["shapes"][0]["cases"]
     cases.append(cases[3] | {"layer_graphs": True, "eager": quartiles(2.6), "eager_of_floor": 1.3})
     cases[-1] |= {"graph": None, "graph_of_floor": None}
+    cases[3]["layer_graphs"] = without
     (tmp_path / "layer.json").write_text(json.dumps(report))
     (section,) = performance.read(tmp_path)
     ratios = {label: ratio for _, label, _, _, ratio, _ in section.rows}

@@ -66,7 +66,7 @@ def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="bfloat16, float16, float32 (bfloat16; on CPU float32)")
     add("--graph", action=argparse.BooleanOptionalAction, help="also CUDA graphs (on GPUs)")
     add("--stock-graph", action="store_true", help="xDiT's function in CUDA graphs too")
-    add("--layer-graphs", action="store_true", help="torus with SWIFTFUSION_LAYER_GRAPHS too")
+    add("--layer-graphs", action="store_true", help="torus with SWIFTFUSION_LAYER_GRAPHS=0 and 1")
     add("--parts", action="store_true", help="also the communication of torus alone")
     add("--rounds", type=int, help="rounds of turns (by --seconds)")
     add("--seconds", type=float, default=4.0, help="for the rounds of one shape (4)")

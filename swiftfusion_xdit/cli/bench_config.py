@@ -91,7 +91,7 @@ class Case:
     ulysses: int = 1
     ring: int = 1
     transport: str | None = None
-    layer_graphs: bool = False
+    layer_graphs: bool | None = None  # None: as SWIFTFUSION_LAYER_GRAPHS says, by default auto
     combined: bool = False  # xDiT's: q, k and v in one all-to-all, as some of its models ask for
 
     @property
@@ -110,7 +110,8 @@ class Case:
         text = f"torus/{self.schedule} {self.backend}" + (f" {self.mesh}" if self.mesh else "")
         text += f" in {self.groups} groups" if self.groups else ""
         text += f" over {self.transport}" if self.transport else ""
-        text += " with layer graphs" if self.layer_graphs else ""
+        if self.layer_graphs is not None:
+            text += " with layer graphs" if self.layer_graphs else " without layer graphs"
         return f"communication alone: {text}" if self.kind == "comm" else text
 
 
@@ -206,8 +207,10 @@ class BenchConfig:
             for groups in (None, *(self.groups if schedule in ("pipelined", "fused") else ()))
             for mesh in self.meshes
         ]
-        again = [replace(case, layer_graphs=True) for case in cases if case.kind == "torus"]
-        return cases + (again if self.layer_graphs else [])
+        if not self.layer_graphs:
+            return cases
+        first = [replace(c, layer_graphs=False) if c.kind == "torus" else c for c in cases]
+        return first + [replace(c, layer_graphs=True) for c in cases if c.kind == "torus"]
 
     def _stock(self, strategy: str, backend: str) -> list[Case]:
         if strategy == "tas":

@@ -23,6 +23,10 @@ METHOD = {
         "layers_per_turn consecutive layers, even and odd ones in turn, captured in one CUDA graph;"
         " a turn is one replay."
     ),
+    "layer graphs": (
+        "Eager layers of torus are CUDA graphs of their own where SWIFTFUSION_LAYER_GRAPHS says so,"
+        " by default auto; without and with: all or none, whatever it says."
+    ),
     "floor": (
         "The local kernel alone on H / ranks heads and all rows, on all ranks at once. Ratios are "
         "to the fastest floor of the shape, over kernels and over eager and graph; the median over "

@@ -148,7 +148,7 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
 def _is_planned(
     case: dict[str, Any], mode: str, wanted: str, *, layer_graphs: bool = False
 ) -> bool:
-    return (case["schedule"], mode, case.get("layer_graphs", False)) == (
+    return (case["schedule"], mode, bool(case.get("layer_graphs"))) == (
         "auto",
         wanted,
         layer_graphs,
