@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from swiftfusion_xdit.clusters import preset
@@ -9,13 +11,13 @@ from swiftfusion_xdit.mesh import Mesh, paper_mesh
 from swiftfusion_xdit.plan import Plan
 from swiftfusion_xdit.planner import SIMULATED_WITHIN, WORTHWHILE, Choice, layer_shape, plan
 from swiftfusion_xdit.planner.bounds import even_shape, lower_bound_us
-from swiftfusion_xdit.planner.candidates import Candidate
+from swiftfusion_xdit.planner.candidates import KNOWN_SCHEDULES, Candidate
 from swiftfusion_xdit.planner.memory import attention_shape
 from swiftfusion_xdit.schedule import build
-from swiftfusion_xdit.simulate.hardware import Cluster
+from swiftfusion_xdit.simulate.hardware import Cluster, Link
 from swiftfusion_xdit.simulate.layer import simulate_layer
 from swiftfusion_xdit.simulate.sizes import LayerShape
-from swiftfusion_xdit.simulate.transport import one_sided
+from swiftfusion_xdit.simulate.transport import nccl, one_sided
 
 CASES = (
     ("p4de", 2, 2, 9216, 24, 128),
@@ -25,6 +27,7 @@ CASES = (
     ("h200-8", 1, 8, 16896, 24, 128),
     ("h200-2", 1, 2, 4608, 24, 128),
     ("h200-2", 1, 2, 6240, 48, 64),  # its tiles are ragged
+    ("p5", 2, 1, 37376, 24, 128),
 )
 
 
@@ -141,6 +144,44 @@ def test_the_papers_rule_is_a_policy() -> None:
         assert choice.mesh == paper_mesh(cluster.topology, shape.num_heads), case
         assert choice.schedule == "torus"
         assert plan(cluster, shape).prediction.layer_us <= choice.prediction.layer_us * 1.001, case
+
+
+def meshes_of(machines: int, gpus: int) -> set[Mesh]:
+    choice = plan(*make("p5", machines, gpus, 4608, 24, 128), effort=None)
+    return {candidate.mesh for candidate, _ in predictions(choice)}
+
+
+def test_a_ring_crosses_machines_only_where_that_sends_no_more() -> None:
+    assert meshes_of(2, 1) == {Mesh(torus=2), Mesh(ring=2)}
+    assert {mesh.torus for mesh in meshes_of(2, 2)} == {2}
+    assert meshes_of(3, 1) == {Mesh(torus=3)}
+    choice = plan(*make("p5", 2, 1, 4608, 24, 128), effort=None)
+    bytes_across = {c.mesh: p.bytes_across for c, p in predictions(choice)}
+    # 2304 rows of 24 heads of 128 elements of 2 bytes, as keys and values; or half of q, k, v, o.
+    assert bytes_across == {Mesh(torus=2): 28311552, Mesh(ring=2): 28311552}
+
+
+@pytest.mark.parametrize("gb_per_s", [1.0, 2.0])
+def test_a_ring_across_machines_is_charged_their_link(gb_per_s: float) -> None:
+    cluster, shape = make("p5", 2, 1, 4608, 24, 128)
+    cluster = replace(cluster, across=Link(gb_per_s, 50.0), across_gb_per_s_per_gpu=None)
+    for transport in (one_sided(), nccl()):
+        rate = gb_per_s * 1e3 * transport.across.fraction
+        choice = plan(cluster, shape, "ring=2", transport=transport, effort=None)
+        for candidate, found in predictions(choice):
+            bound_us = lower_bound_us(candidate, shape, cluster, transport)
+            assert 28311552 / rate <= bound_us <= found.layer_us, str(candidate)
+
+
+def test_no_fused_call_reaches_over_machines() -> None:
+    cluster, shape = make("h200-8", 2, 1, 4608, 24, 128)
+    for degrees in (None, "ring=2"):
+        choice = plan(cluster, shape, degrees, schedules=KNOWN_SCHEDULES, effort=None)
+        assert {c.schedule for c, _ in predictions(choice)} == {"torus", "folded", "pipelined"} - (
+            {"folded"} if degrees else set()
+        )
+    with pytest.raises(ValueError, match="fused works inside one machine, got 2 machines"):
+        plan(cluster, shape, schedules=("fused",))
 
 
 def test_more_machines_than_heads_still_have_a_plan() -> None:

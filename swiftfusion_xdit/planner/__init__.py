@@ -195,6 +195,12 @@ def _fused_first(outcomes: list[Outcome]) -> list[Outcome]:
 def _candidates(question: Question) -> tuple[list[Candidate], list[Outcome]]:
     topology, heads = question.cluster.topology, question.shape.num_heads
     schedules = question.schedules
+    if topology.num_machines > 1:  # a fused call reads flags that peers of its machine write
+        schedules = tuple(name for name in schedules if name != "fused")
+        if not schedules:
+            raise ValueError(
+                f"schedule fused works inside one machine, got {topology.num_machines} machines"
+            )
     if not question.has_lse:
         schedules = tuple(name for name in schedules if name == "pipelined")
         if not schedules:

@@ -106,17 +106,20 @@ class Way:
 
 
 def _ways(mesh: Mesh, cluster: Cluster, transport: Transport) -> list[Way]:
-    """Inside and across; none for a mesh that does not keep to the machines' boundaries."""
+    """Inside and across; none for a mesh of which it is not known what crosses."""
     inside = cluster.inside.gb_per_s * transport.inside.fraction * BYTES_PER_US
     groups = mesh.num_head_groups
     if cluster.num_machines == 1:
         return [Way(groups - 1, mesh.size - 1, inside)]
-    if mesh.torus != cluster.num_machines or cluster.across is None:
+    alone = cluster.gpus_per_machine == 1  # with nobody to hand on what crosses, on any mesh
+    if (mesh.torus != cluster.num_machines and not alone) or cluster.across is None:
         return []
     share = cluster.across.gb_per_s / cluster.gpus_per_machine
     if cluster.across_gb_per_s_per_gpu is not None:
         share = min(share, cluster.across_gb_per_s_per_gpu)
     across = share * transport.across.fraction * BYTES_PER_US
+    if alone:
+        return [Way(groups - 1, mesh.size - 1, across)]
     entering = groups - mesh.ulysses  # rows that cross, once each; the ring hands keys on
     return [
         Way(entering, entering, across),
