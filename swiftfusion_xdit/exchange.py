@@ -11,7 +11,7 @@ def transfers(plan: Plan) -> tuple[Transfer, ...]:
     """Every put of an even and of an odd layer, the same on every rank, in order of batches."""
     result = []
     for parity in range(NUM_PARITIES):
-        for batch, messages in enumerate(batches(plan.schedule)):
+        for batch, messages in enumerate(batches(plan.schedule, whole_rounds=plan.whole_rounds)):
             for src, dst, block in messages:
                 result.append(
                     Transfer(

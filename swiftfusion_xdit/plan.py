@@ -191,11 +191,13 @@ class Plan:
     """A schedule bound to sizes: heads of each group, slots, and the flags beside them.
 
     ``edge_heads``: of the first and the last group of a rank, see ``mesh.head_group_sizes``.
+    ``whole_rounds``: how transfers go in batches, see ``schedule/rounds.py``.
     """
 
     shape: AttentionShape
     schedule: Schedule
     edge_heads: int = 0
+    whole_rounds: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -346,6 +348,7 @@ def make_plan(
     num_units: int = 0,
     groups_per_rank: int = 0,
     edge_heads: int = 0,
+    whole_rounds: bool = False,
 ) -> Plan:
     """Choose mesh and schedule for a shape.
 
@@ -363,6 +366,8 @@ def make_plan(
         groups_per_rank: forces the number of head groups of ``pipelined`` and ``fused``, as far as
             there are heads; 0 leaves it open.
         edge_heads: heads of the first and the last of these groups; 0: as many as the others.
+        whole_rounds: whether transfers whose receivers take part go in as few batches as can be,
+            see ``schedule/rounds.py``.
 
     Raises:
         ValueError: a mesh that does not fit the group or the heads, a schedule that needs a
@@ -395,7 +400,7 @@ def make_plan(
         groups = min(groups_per_rank, shape.num_heads // mesh.num_head_groups)
         if not groups:
             groups, edge_heads = pipelined_groups(shape, mesh, num_units)
-    plan = Plan(shape, build(name, mesh, groups_per_rank=groups), edge_heads)
+    plan = Plan(shape, build(name, mesh, groups_per_rank=groups), edge_heads, whole_rounds)
     if not has_lse and needs_lse(plan.schedule):
         raise ValueError(
             f"schedule {name!r} merges partial outputs and needs an attention backend with a "

@@ -331,7 +331,9 @@ class SequenceParallel:
             plans = [
                 self._make_plan(shape, c.mesh, c.schedule)
                 if c.schedule == "fused"
-                else self._make_plan(shape, c.mesh, c.schedule, c.groups_per_rank, c.edge_heads)
+                else self._make_plan(
+                    shape, c.mesh, c.schedule, c.groups_per_rank, c.edge_heads, c.whole_rounds
+                )
                 for c in candidates
             ]
             return self._fastest(plans)
@@ -359,6 +361,7 @@ class SequenceParallel:
         schedule: str,
         groups: int = 0,
         edge: int = 0,
+        whole_rounds: bool = False,
     ) -> Plan:
         if self._forced_groups:
             groups, edge = self._forced_groups, 0
@@ -373,6 +376,7 @@ class SequenceParallel:
             num_units=self._num_units(),
             groups_per_rank=groups,
             edge_heads=edge,
+            whole_rounds=whole_rounds,
         )
 
     def _not_fused_because(self, shape: AttentionShape, mesh: Mesh | None) -> str:
@@ -460,9 +464,10 @@ class SequenceParallel:
         text = f"strategy {self.strategy}, {self.topology.num_machines} machines"
         if self._plan is None:
             return f"{text}, no call yet"
+        rounds = ", in whole rounds" if self._plan.whole_rounds else ""
         held = sum(runner.plan.symmetric_bytes for runner in self._runners.values())
         return (
-            f"{text}, mesh {self._plan.mesh}, schedule {self._plan.schedule.name}, "
+            f"{text}, mesh {self._plan.mesh}, schedule {self._plan.schedule.name}{rounds}, "
             f"{held} bytes of symmetric memory"
         )
 

@@ -39,6 +39,19 @@ def test_every_put_of_both_parities_once() -> None:
         assert len(set(ends)) == len(ends), "a put is known by its region"
 
 
+@pytest.mark.parametrize(("whole_rounds", "expected"), [(False, 7), (True, 2)])
+def test_a_rank_enters_as_many_batches_as_its_plan_says(whole_rounds: bool, expected: int) -> None:
+    shape = AttentionShape(1, (5, 3, 7, 2), (5, 3, 7, 2), 4, 4, 8, torch.bfloat16)
+    topology = Topology.split(4, 4)
+    plan = make_plan(shape, topology, schedule="torus", whole_rounds=whole_rounds)
+    found = [t for t in transfers(plan) if t.parity == 0]
+    for rank in range(4):
+        mine = _Transfers(found, rank)
+        assert len(mine.batches) == expected
+        own = [t for t in found if t.src == rank]
+        assert [t for b in mine.batches for t in b.transfers if t.src == rank] == own
+
+
 def test_a_batch_is_entered_when_its_sends_are_there_and_in_order() -> None:
     found = [t for t in some_transfers() if t.parity == 0]
     layer = _Layer(_Transfers(found, 0))

@@ -28,8 +28,9 @@ def schedules() -> list[Any]:
     return cases
 
 
+@pytest.mark.parametrize("whole_rounds", [False, True])
 @pytest.mark.parametrize(("name", "mesh", "groups"), schedules())
-def test_every_put_is_in_one_batch(name: str, mesh: Mesh, groups: int) -> None:
+def test_every_put_is_in_one_batch(name: str, mesh: Mesh, groups: int, whole_rounds: bool) -> None:
     schedule = build(name, mesh, groups_per_rank=groups)
     puts = [
         (program.rank, step.peer, step.block)
@@ -37,14 +38,18 @@ def test_every_put_is_in_one_batch(name: str, mesh: Mesh, groups: int) -> None:
         for step in program.steps
         if isinstance(step, Put)
     ]
-    assert sorted(m for batch in batches(schedule) for m in batch) == sorted(puts)
+    found = batches(schedule, whole_rounds=whole_rounds)
+    assert sorted(m for batch in found for m in batch) == sorted(puts)
 
 
+@pytest.mark.parametrize("whole_rounds", [False, True])
 @pytest.mark.parametrize(("name", "mesh", "groups"), schedules())
-def test_blocking_batches_run_to_the_end(name: str, mesh: Mesh, groups: int) -> None:
+def test_blocking_batches_run_to_the_end(
+    name: str, mesh: Mesh, groups: int, whole_rounds: bool
+) -> None:
     """Every rank works like one thread: it is inside a batch until all its peers there are, too."""
     schedule = build(name, mesh, groups_per_rank=groups)
-    order = batches(schedule)
+    order = batches(schedule, whole_rounds=whole_rounds)
     ranks = [_Rank(program, order) for program in schedule.programs]
     done: set[Message] = set()
     finished_before = -1
@@ -102,6 +107,17 @@ class _Rank:
                 return
             self.entered.update(batch)
             self.next += 1
+
+
+def test_whole_rounds_are_the_same_puts_in_the_same_rounds() -> None:
+    schedule = build("torus", Mesh(torus=4))
+    apart, whole = batches(schedule), batches(schedule, whole_rounds=True)
+    assert len(apart) == 7 and len(whole) == 2  # q and kv of three machines, and o; q, k, v; o
+    assert [{m[2].tensor for m in batch} for batch in whole] == [{"q", "k", "v"}, {"o"}]
+    assert {m for batch in apart[:-1] for m in batch} == set(whole[0])
+    assert batches(build("torus", Mesh(ring=2)), whole_rounds=True) == batches(
+        build("torus", Mesh(ring=2))
+    )
 
 
 def test_a_schedule_that_waits_in_a_circle_is_refused() -> None:

@@ -36,16 +36,17 @@ def test_blocks_have_the_bytes_of_the_plans_slots(
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["usp", "torus", "folded", "pipelined"])
-def test_batches_are_those_of_the_runtime(mesh: Mesh, name: str) -> None:
+@pytest.mark.parametrize("whole_rounds", [False, True])
+def test_batches_are_those_of_the_runtime(mesh: Mesh, name: str, whole_rounds: bool) -> None:
     shape = LayerShape.even(mesh.size, sequence=64 * mesh.size, num_heads=48, head_dim=8)
     groups = 2 if name == "pipelined" else 1
     sizes = BlockSizes(shape, mesh, groups)
     topology = Topology.split(mesh.size, mesh.torus)
-    everyone = batch_order(wire(name, sizes, topology, symmetric=False))
+    everyone = batch_order(wire(name, sizes, topology, symmetric=False), whole_rounds=whole_rounds)
     assert [tuple(batch) for batch in everyone] == list(
-        batches(build(name, mesh, groups_per_rank=groups))
+        batches(build(name, mesh, groups_per_rank=groups), whole_rounds=whole_rounds)
     )
     # One rank that stands for all finds its own part of them.
-    alone = batch_order(wire(name, sizes, topology, symmetric=True))
+    alone = batch_order(wire(name, sizes, topology, symmetric=True), whole_rounds=whole_rounds)
     mine = [[message for message in batch if message[0] == 0] for batch in everyone]
     assert [sorted(batch) for batch in alone] == [sorted(batch) for batch in mine if batch]

@@ -35,6 +35,8 @@ def test_paper_formulas(rank_pool, N: int, M: int) -> None:
     inside = [(u, M // u) for u in (1, 2, 4) if M % u == 0]
     runs = [("torus", Mesh(N, u, r), swiftfusion) for u, r in inside]
     runs += [("usp", Mesh(1, M, N), usp)]
+    if (N, M) == (2, 1):  # where a ring sends as much
+        runs += [("torus", Mesh(ring=2), swiftfusion)]
     for strategy, mesh, per_machine in runs:
         sent = rank_pool(N * M).run(count, strategy, mesh, N)
         for machine in range(N):

@@ -13,7 +13,12 @@ from functools import lru_cache
 from itertools import zip_longest
 
 from swiftfusion_xdit.mesh import Mesh, paper_mesh
-from swiftfusion_xdit.planner.bounds import even_shape, lower_bound_us, num_messages
+from swiftfusion_xdit.planner.bounds import (
+    even_shape,
+    lower_bound_us,
+    num_messages,
+    transfers_dominate,
+)
 from swiftfusion_xdit.planner.candidates import (
     KNOWN_SCHEDULES,
     STRATEGIES,
@@ -119,6 +124,14 @@ class Question:
     def transport_of(self, candidate: Candidate) -> Transport:
         return self.transport if candidate.strategy == "torus" else STOCK
 
+    def in_rounds(self, candidate: Candidate) -> Candidate:
+        """The candidate with its transfers in whole rounds, if they dominate the layer."""
+        if candidate.strategy != "torus":
+            return candidate
+        even = even_shape(self.shape, candidate.mesh)
+        whole = transfers_dominate(candidate, even, self.cluster, self.transport)
+        return replace(candidate, whole_rounds=whole)
+
     def predict(self, candidate: Candidate) -> tuple[Prediction, int]:
         """What a candidate takes, and how many operations that was to simulate."""
         shape, transport = even_shape(self.shape, candidate.mesh), self.transport_of(candidate)
@@ -135,6 +148,7 @@ class Question:
                 self.cluster.gpu,
                 merge_passes=1.0 if candidate.strategy == "torus" else STOCK_MERGE_PASSES,
             ),
+            whole_rounds=candidate.whole_rounds,
         )
         found = Prediction(
             layer_us=layer.total_us,
@@ -150,6 +164,7 @@ class Question:
 @lru_cache(maxsize=256)
 def _answer(question: Question) -> Choice:
     candidates, lost = _candidates(question)
+    candidates = [question.in_rounds(candidate) for candidate in candidates]
     predicted: list[Outcome] = []
     best_us, num_ops = float("inf"), 0
     for bound_us, candidate in _by_promise(question, candidates):
@@ -170,14 +185,17 @@ def _answer(question: Question) -> Choice:
     if not predicted:
         reasons = "; ".join(f"{outcome.candidate}: {outcome.reason}" for outcome in lost)
         raise ValueError(f"no mesh and schedule fit: {reasons or 'there are none'}")
-    best, *others = _fused_first(ranked(predicted, question.paper_mesh))
+    best, *others = _simplest_first(ranked(predicted, question.paper_mesh))
     assert best.prediction is not None
     told = [replace(outcome, reason=slower(outcome, best.prediction)) for outcome in others]
     return Choice(question.policy, best.candidate, best.prediction, (*told, *lost))
 
 
-def _fused_first(outcomes: list[Outcome]) -> list[Outcome]:
-    """One attention call has the least that the simulator may not know of: others must win clearly.
+def _simplest_first(outcomes: list[Outcome]) -> list[Outcome]:
+    """What has the least that the simulator may not know of: others must win clearly.
+
+    That is one attention call; and where transfers dominate a ring over all ranks, which sends in
+    one batch what others send in two, one of them after attention.
 
     Args:
         outcomes: predicted ones, best first.
@@ -187,7 +205,9 @@ def _fused_first(outcomes: list[Outcome]) -> list[Outcome]:
     for outcome in outcomes:
         assert outcome.prediction is not None
         is_close = outcome.prediction.layer_us <= (1 + SIMULATED_WITHIN) * fastest.layer_us
-        if outcome.candidate.schedule == "fused" and is_close:
+        candidate = outcome.candidate
+        is_lone_ring = candidate.whole_rounds and candidate.mesh.num_head_groups == 1
+        if is_close and (candidate.schedule == "fused" or is_lone_ring):
             return [outcome, *(other for other in outcomes if other is not outcome)]
     return outcomes
 

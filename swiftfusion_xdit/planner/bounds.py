@@ -13,6 +13,8 @@ from swiftfusion_xdit.simulate.hardware import BYTES_PER_US, Cluster
 from swiftfusion_xdit.simulate.sizes import BlockSizes, LayerShape
 from swiftfusion_xdit.simulate.transport import Transport
 
+DOMINANT = 3.0  # transfers over attention from which on overlap is worth less than few batches
+
 
 def even_shape(shape: LayerShape, mesh: Mesh) -> LayerShape:
     """The shape with the largest head group and the mean rows on every rank.
@@ -75,6 +77,26 @@ def lower_bound_us(
     first_us = received_us * parts[0] / heads + attention_us
     last_us = received_us + ideal_us * parts[-1] / heads
     return max(everything_us, first_us, last_us)
+
+
+def transfers_dominate(
+    candidate: Candidate, shape: LayerShape, cluster: Cluster, transport: Transport
+) -> bool:
+    """Whether the machines' links are so slow that attention can hide little of a layer's bytes.
+
+    Decided by rates that all ranks have agreed on, so all decide alike. Where a put is a send that
+    its receiver joins, such a layer is better off with few batches than with overlap: of four hosts
+    over TCP each had attention for a tenth of the transfers' time, and lost more than that to the
+    turns of six batches.
+
+    Args:
+        shape: even, see ``even_shape``.
+    """
+    if not transport.two_sided or cluster.num_machines == 1:
+        return False
+    ways = _ways(candidate.mesh, cluster, transport)
+    transfers_us = max((way.time_us("qkvo", shape, candidate.mesh) for way in ways), default=0.0)
+    return transfers_us >= DOMINANT * _attention_us(candidate, shape, cluster, overlap=False)
 
 
 def num_messages(candidate: Candidate) -> int:

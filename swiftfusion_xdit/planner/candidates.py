@@ -23,13 +23,18 @@ EDGE_HEADS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run an attention layer; ``schedule`` is a key of ``schedule.BUILDERS``."""
+    """One way to run an attention layer; ``schedule`` is a key of ``schedule.BUILDERS``.
+
+    ``whole_rounds`` says how transfers whose receivers take part go in batches, see
+    ``schedule/rounds.py``.
+    """
 
     strategy: str
     mesh: Mesh
     schedule: str
     groups_per_rank: int = 1
     edge_heads: int = 0
+    whole_rounds: bool = False
 
     def __str__(self) -> str:
         text = f"{self.strategy} {self.mesh}"
@@ -37,7 +42,8 @@ class Candidate:
             return text
         groups = f" in {self.groups_per_rank} head groups" if self.groups_per_rank > 1 else ""
         edges = f" ({self.edge_heads} heads in the first and last)" if self.edge_heads else ""
-        return f"{text} {self.schedule}{groups}{edges}"
+        rounds = ", in whole rounds" if self.whole_rounds else ""
+        return f"{text} {self.schedule}{groups}{edges}{rounds}"
 
 
 def parse_degrees(degrees: Mesh | Mapping[str, int] | str | None) -> dict[str, int]:

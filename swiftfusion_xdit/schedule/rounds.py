@@ -10,7 +10,9 @@ waits for a block that was put in this round or later, and puts what it can on t
 - Before a rank waits for a block it has itself put everything of that round and of earlier ones.
 
 A *batch* is the puts of one round that serve one head group of each rank in one stage of the
-algorithm, on all ranks: what is wanted early is not held up by what is wanted late.
+algorithm, on all ranks: what is wanted early is not held up by what is wanted late. Where the links
+are so slow that attention hides little of a layer's transfers anyway (the planner says so, see
+``planner.bounds.transfers_dominate``), a batch is a whole round, which the links carry at once.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ Message = tuple[int, int, Block]  # (from rank, to rank, block)
 
 
 @lru_cache(maxsize=64)
-def batches(schedule: Schedule) -> tuple[tuple[Message, ...], ...]:
+def batches(schedule: Schedule, *, whole_rounds: bool = False) -> tuple[tuple[Message, ...], ...]:
     """Every put of one layer, in batches; within a batch by rank, then in program order.
+
+    Args:
+        whole_rounds: all puts of a round are one batch; the same on every rank.
 
     Raises:
         ValueError: the schedule waits in a circle.
@@ -44,6 +49,8 @@ def batches(schedule: Schedule) -> tuple[tuple[Message, ...], ...]:
                     break
                 if isinstance(step, Put):
                     use = (step.block.heads % schedule.groups_per_rank, step.stage)
+                    if whole_rounds:
+                        use = next(iter(by_use), use)
                     by_use.setdefault(use, []).append((rank, step.peer, step.block))
                 positions[rank] += 1
         if positions == before:

@@ -20,8 +20,14 @@ TENSORS = "qkvo"
 Use = tuple[int, int, int]  # (head group of the rank, stage, tensor)
 
 
-def batch_order(wiring: Wiring, *, by_tensor: bool = False) -> list[list[Message]]:
+def batch_order(
+    wiring: Wiring, *, by_tensor: bool = False, whole_rounds: bool = False
+) -> list[list[Message]]:
     """Every put of the simulated ranks, in batches, in the order in which ranks enter them.
+
+    Args:
+        by_tensor: see ``Transport``.
+        whole_rounds: all puts of a round are one batch.
 
     Raises:
         ValueError: the schedule waits in a circle.
@@ -43,7 +49,7 @@ def batch_order(wiring: Wiring, *, by_tensor: bool = False) -> list[list[Message
                     alone = by_tensor and step.stage == "scatter_heads"
                     tensor = TENSORS.index(step.block.tensor) if alone else 0
                     group = step.block.heads % wiring.groups_per_rank
-                    use = (group, stages[step.stage], tensor)
+                    use = (0, 0, 0) if whole_rounds else (group, stages[step.stage], tensor)
                     by_use[use].append((rank, step.peer, step.block))
                 positions[rank] += 1
         if positions == before:
@@ -71,7 +77,8 @@ def add_batches(graph: OpGraph, setting: Setting, layer: Layer) -> None:
     if not (setting.inside.two_sided or setting.across.two_sided):
         return
     left: dict[int, Op] = {}
-    for batch in batch_order(setting.wiring, by_tensor=by_tensor):
+    order = batch_order(setting.wiring, by_tensor=by_tensor, whole_rounds=setting.whole_rounds)
+    for batch in order:
         messages = [message for message in batch if message not in layer.flows]
         if messages:
             _add_batch(graph, setting, layer, messages, left)

@@ -90,6 +90,7 @@ def simulate_layer(
     symmetric: bool | None = None,
     costs: Costs | None = None,
     free_links: bool = False,
+    whole_rounds: bool = False,
 ) -> LayerTime:
     """Simulate consecutive layers and time the last one.
 
@@ -100,6 +101,7 @@ def simulate_layer(
         symmetric: let one rank stand for all; None: where that is possible.
         costs: of local work; by default those of the cluster's GPU with fused merges.
         free_links: communication takes no time.
+        whole_rounds: two-sided transfers go in whole rounds, see ``schedule/rounds.py``.
 
     Raises:
         ValueError: mesh, shape and cluster do not fit, the schedule does not exist, or there is
@@ -114,7 +116,9 @@ def simulate_layer(
         cluster, inside=inside, across=across, symmetric=wiring.symmetric, free_links=free_links
     )
     costs = costs or Costs(cluster.gpu)
-    setting = Setting(cluster, sizes, wiring, fabric, costs, inside, across, free_links)
+    setting = Setting(
+        cluster, sizes, wiring, fabric, costs, inside, across, free_links, whole_rounds
+    )
     return _time_last_layer(setting, num_layers)
 
 

@@ -27,6 +27,7 @@ class Setting:
     inside: Transport
     across: Transport
     free_links: bool = False
+    whole_rounds: bool = False
 
     def link(self, src: int, dst: int) -> LinkClass:
         return self.fabric.topology.link(src, dst)
