@@ -75,20 +75,27 @@ class Probe:
 def probe(device: torch.device | str, *, machine_set: Sequence[Hashable] = ()) -> Probe:
     """Look at this rank's device and machine; measured once for each set of machines.
 
+    Cards that do RDMA do not count in a job that is told to go by TCP (``NCCL_NET=Socket``).
+
     Args:
         machine_set: identities of the job's hosts: another set measures anew.
     """
     device = torch.device(device)
-    cards, mbit, is_rdma = network_cards()
+    goes_by_tcp = os.environ.get("NCCL_NET", "").lower() == "socket"
+    cards, mbit, is_rdma = network_cards(SYSFS, rdma=not goes_by_tcp)
     if device.type != "cuda":
         return Probe(-2, num_cards=cards, network_mbit=mbit, is_rdma=is_rdma)
     index = torch.cuda.current_device() if device.index is None else device.index
     path = cache_path(index, machine_set)
     try:
-        return Probe(**json.loads(path.read_text(encoding="utf-8")))
+        found = Probe(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
         found = measure(index)
-    found = dataclasses.replace(found, num_cards=cards, network_mbit=mbit, is_rdma=is_rdma)
+        _keep(found, path)
+    return dataclasses.replace(found, num_cards=cards, network_mbit=mbit, is_rdma=is_rdma)
+
+
+def _keep(found: Probe, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
@@ -96,7 +103,6 @@ def probe(device: torch.device | str, *, machine_set: Sequence[Hashable] = ()) -
         draft.replace(path)
     except OSError:
         pass  # a read-only home: the next start measures again
-    return found
 
 
 def cache_path(index: int, machine_set: Sequence[Hashable]) -> Path:
@@ -155,13 +161,14 @@ def least_nvlinks(topology: str) -> int:
     return min(counts, default=0)
 
 
-def network_cards(root: Path = SYSFS) -> tuple[int, int, int]:
+def network_cards(root: Path = SYSFS, *, rdma: bool = True) -> tuple[int, int, int]:
     """Number of cards that are up, their Mbit/s in all, and 1 if they do RDMA (InfiniBand, EFA).
 
-    Ethernet counts only where there is no RDMA: its cards would be the same ones twice.
+    Ethernet counts only where there is no RDMA, or where it is not to count: its cards would be
+    the same ones twice.
     """
     rates = []
-    for port in sorted(root.glob("infiniband/*/ports/*")):
+    for port in sorted(root.glob("infiniband/*/ports/*")) if rdma else ():
         found = re.match(r"([\d.]+) Gb/sec", _text(port / "rate"))
         if found and "ACTIVE" in _text(port / "state"):
             rates.append(round(1000 * float(found.group(1))))

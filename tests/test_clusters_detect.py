@@ -119,6 +119,25 @@ def test_network_cards_are_read_from_sysfs(tmp_path: Path) -> None:
         )
     add(tmp_path / "infiniband/mlx5_2/ports/1", rate="10 Gb/sec (4X SDR)", state="1: DOWN")
     assert network_cards(tmp_path) == (2, 800_000, 1)
+    assert network_cards(tmp_path, rdma=False) == (1, 100_000, 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_job_that_goes_by_tcp_has_no_rdma(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    sysfs = tmp_path / "sys"
+    add(sysfs / "infiniband/mlx5_0/ports/1", rate="400 Gb/sec (4X NDR)", state="4: ACTIVE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("NCCL_NET", raising=False)
+    monkeypatch.setattr(detect, "SYSFS", sysfs)
+    monkeypatch.setattr(detect, "measure", lambda index: H200)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    found = detect.probe(device)
+    assert (found.num_cards, found.network_mbit, found.is_rdma) == (1, 400_000, 1)
+    monkeypatch.setenv("NCCL_NET", "Socket")  # what was measured is still in the cache
+    found = detect.probe(device)
+    assert (found.num_cards, found.network_mbit, found.is_rdma) == (0, 0, 0)
 
 
 def test_measurements_are_cached_for_a_set_of_machines(
