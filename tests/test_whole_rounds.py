@@ -23,6 +23,7 @@ from swiftfusion_xdit.simulate.transport import nccl, one_sided
 from tests.distributed import RankPool
 
 WAN_480, WAN_720, FLUX_3072 = (32760, 40), (75600, 40), (37376, 24)  # rows and heads
+FLUX_1024 = (4608, 24)
 TCP, FAST = 2.9, 50.0  # GB/s of a machine
 
 
@@ -89,10 +90,13 @@ def test_no_candidate_beats_its_lower_bound(machines: int, gpus: int, gb_per_s: 
             assert bound_us <= outcome.prediction.layer_us * (1 + 1e-9), str(outcome.candidate)
 
 
-@pytest.mark.parametrize("model", [FLUX_3072, WAN_480, WAN_720])
+@pytest.mark.parametrize("model", [FLUX_1024, FLUX_3072, WAN_480, WAN_720])
 @pytest.mark.parametrize("effort", [2000, None])
-def test_two_hosts_over_tcp_take_a_ring(model: tuple[int, int], effort: int | None) -> None:
-    choice = plan(hosts(2, TCP), layer(2, model), transport=nccl(), effort=effort)
+@pytest.mark.parametrize("gb_per_s", [0.9, TCP])
+def test_two_hosts_over_tcp_take_a_ring(
+    model: tuple[int, int], effort: int | None, gb_per_s: float
+) -> None:
+    choice = plan(hosts(2, gb_per_s), layer(2, model), transport=nccl(), effort=effort)
     assert (choice.mesh, choice.schedule) == (Mesh(ring=2), "torus")
     torus = best_of(choice, Mesh(torus=2))
     assert choice.prediction.layer_us < 1.06 * torus  # they are as fast as the simulator can tell

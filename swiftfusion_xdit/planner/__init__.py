@@ -168,7 +168,8 @@ def _answer(question: Question) -> Choice:
     predicted: list[Outcome] = []
     best_us, num_ops = float("inf"), 0
     for bound_us, candidate in _by_promise(question, candidates):
-        if question.effort is not None and bound_us > best_us * (1 - WORTHWHILE):
+        margin = SIMULATED_WITHIN if _is_slow_ring(candidate) else -WORTHWHILE
+        if question.effort is not None and bound_us > best_us * (1 + margin):
             reason = f"takes {bound_us / 1e3:.3f} ms at least"
             lost.append(Outcome(candidate, None, reason))
             continue
@@ -194,9 +195,6 @@ def _answer(question: Question) -> Choice:
 def _simplest_first(outcomes: list[Outcome]) -> list[Outcome]:
     """What has the least that the simulator may not know of: others must win clearly.
 
-    That is one attention call; and where transfers dominate a ring over all ranks, which sends in
-    one batch what others send in two, one of them after attention.
-
     Args:
         outcomes: predicted ones, best first.
     """
@@ -205,11 +203,22 @@ def _simplest_first(outcomes: list[Outcome]) -> list[Outcome]:
     for outcome in outcomes:
         assert outcome.prediction is not None
         is_close = outcome.prediction.layer_us <= (1 + SIMULATED_WITHIN) * fastest.layer_us
-        candidate = outcome.candidate
-        is_lone_ring = candidate.whole_rounds and candidate.mesh.num_head_groups == 1
-        if is_close and (candidate.schedule == "fused" or is_lone_ring):
+        if is_close and _is_simplest(outcome.candidate):
             return [outcome, *(other for other in outcomes if other is not outcome)]
     return outcomes
+
+
+def _is_simplest(candidate: Candidate) -> bool:
+    return candidate.schedule == "fused" or _is_slow_ring(candidate)
+
+
+def _is_slow_ring(candidate: Candidate) -> bool:
+    """A ring alone where transfers dominate: all in one batch, of which nothing awaits attention.
+
+    Its bound is as tight as its prediction is close to others', so a gain is no reason to try it.
+    """
+    is_ring = candidate.mesh.num_head_groups == 1 and candidate.schedule == "torus"
+    return is_ring and candidate.whole_rounds
 
 
 def _candidates(question: Question) -> tuple[list[Candidate], list[Outcome]]:
@@ -260,14 +269,14 @@ def _by_promise(question: Question, candidates: list[Candidate]) -> list[tuple[f
         family.append((bound_us + overhead_us, index, bound_us))
     turns = zip_longest(*(sorted(family) for family in promise.values()))
     ordered = [entry for turn in turns for entry in turn if entry is not None]
-    # The paper's rule comes first: the search then never ends with less. Fused is always tried.
+    # The paper's rule comes first: the search then never ends with less. What is preferred is next.
     rule = question.paper_mesh, "torus"
 
     def place(entry: tuple[float, int, float]) -> int:
         candidate = candidates[entry[1]]
         if (candidate.mesh, candidate.schedule) == rule:
             return 0
-        return 1 if candidate.schedule == "fused" else 2
+        return 1 if _is_simplest(candidate) else 2
 
     ordered.sort(key=place)
     return [(bound_us, candidates[index]) for _, index, bound_us in ordered]
