@@ -324,7 +324,9 @@ class FusedForwardSm90(FlashAttentionForwardSm90):
             seqlen = given["SeqlenInfoCls"](sample)
             group = cute.arch.make_warp_uniform(given["tidx"] // self.num_threads_per_warp_group)
             first_row = m_block * self.tile_m + group * (self.tile_m // self.num_wg_mma)
-            if first_row < seqlen.seqlen_q:
+            # Query heads that share keys lie in rows of their own.
+            packed = self.qhead_per_kvhead if const_expr(self.pack_gqa) else 1
+            if first_row < seqlen.seqlen_q * packed:
                 FlashAttentionForwardSm90.mma(self, *args)
             else:
                 _, num_blocks = given["block_info"].get_n_block_min_max(seqlen, m_block)
