@@ -8,6 +8,7 @@ probes' words over its group, and ``describe`` makes the same cluster of them on
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from swiftfusion_xdit.clusters import GBIT, GPUS, NETWORK_REACHED, NVLINK_REACHE
 from swiftfusion_xdit.simulate.hardware import Cluster, Gpu, Link
 from swiftfusion_xdit.topology import Topology
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SYSFS = Path("/sys/class")
 COPY_BYTES = 64 * 2**20
 COPY_REPEATS = 5
@@ -90,14 +92,32 @@ def probe(device: torch.device | str, *, machine_set: Sequence[Hashable] = ()) -
     try:
         found = Probe(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
-        found = measure(index)
+        with _alone(path.parent):
+            found = measure(index)
         _keep(found, path)
     return dataclasses.replace(found, num_cards=cards, network_mbit=mbit, is_rdma=is_rdma)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other rank of this host measures.
+
+    Two that copy to each other's GPU would measure how their processes take turns on it, which is
+    milliseconds a copy.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "measuring.lock").open("w")
+    except OSError:  # a read-only home
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _keep(found: Probe, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
         draft.replace(path)
