@@ -67,6 +67,59 @@ def layer_report() -> dict[str, Any]:
     }
 
 
+def test_other_projects_show_their_fastest_exact_mode_beside_ours(tmp_path: Path) -> None:
+    report = layer_report()
+    report |= {
+        "benchmark": "peer_layer",
+        "peers": {
+            "yunchang": {"version": "1.2", "not_run": None},
+            "cache-dit": {"version": None, "not_run": "not installed"},
+        },
+        "not_run": {"SGLang": "too large"},
+    }
+    report["shapes"][0]["cases"] += [
+        layer_case("peer", "yunchang ulysses fast", 1.0, 1.0, failure="wrong"),
+        layer_case("lossy", "yunchang ulysses fp8", 1.0, 1.0),
+        layer_case("peer", "yunchang ulysses 2", 6.0, 4.8),
+    ]
+    (tmp_path / "peers.json").write_text(json.dumps(report))
+    (section,) = performance.read(tmp_path)
+    assert section.rows == (
+        ("flux1024", "torus", "fused on ring=2, fa4, graph", "2.400", "1.20", "1.00"),
+        ("flux1024", "xDiT", "usp u1 r2 FLASH_4, eager", "4.000", "2.00", "1.67"),
+        ("flux1024", "yunchang", "ulysses 2, graph", "4.800", "2.40", "2.00"),
+    )
+    assert "yunchang 1.2. Not run: cache-dit (not installed); SGLang (too large)." in section.text
+
+
+def test_machines_played_on_one_are_predicted_with_its_own_links(tmp_path: Path) -> None:
+    report = layer_report()
+    size = {"name": "flux3072", "rows": 37376, "heads": 24, "head_dim": 128}
+    plan = "strategy torus, 2 machines, mesh torus=2,ulysses=1,ring=1, schedule torus, 5 bytes"
+    report["shapes"] = [
+        {
+            "shape": size,
+            "cases": [
+                layer_case("floor", "floor: fa4 alone", 2.0, 2.0),
+                layer_case("usp", "xDiT usp u2 r1 FLASH_4", 2.4, None),
+                # Ten times the floor is what the network would take that is not there.
+                layer_case("torus", "torus", 2.1, 2.1, plan=plan, predicted_of_floor=10.0),
+            ],
+        }
+    ]
+    report["hardware"]["gpus"] = [{"name": "NVIDIA H200"}] * 2
+    report["settings"] |= {"machines": 2, "ranks": 2, "tcp": False, "transports": ["cuda"]}
+    (tmp_path / "layer.json").write_text(json.dumps(report))
+    (section,) = performance.read(tmp_path)
+    assert section.heading[-2:] == ("predicted / floor", "error %")
+    usp, torus = (float(row[-2]) for row in section.rows)
+    assert 1.0 < torus < usp < 1.2
+    report["settings"]["tcp"] = True
+    (tmp_path / "layer.json").write_text(json.dumps(report))
+    (section,) = performance.read(tmp_path)
+    assert [row[-2:] for row in section.rows] == [("", ""), ("10.00", "+852")]
+
+
 def test_a_layer_shows_each_side_at_its_best_and_what_failed_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "layer.json").write_text(json.dumps(layer_report()))
     (tmp_path / "other.json").write_text("{}")
@@ -113,12 +166,13 @@ def test_several_machines_show_what_each_step_from_usp_to_torus_brings(tmp_path:
     del shape["cases"][3:6]
     (tmp_path / "layer.json").write_text(json.dumps(report))
     (section,) = performance.read(tmp_path)
-    assert section.heading[-1] == "predicted / floor"
+    assert section.heading[-2:] == ("predicted / floor", "error %")
+    ours = "torus on ring=2, fa4"
     assert section.rows == (
-        ("flux1024", "xDiT's USP", "xDiT usp u1 r2 FLASH_4", "4.000", "2.00", "2.000", ""),
-        ("flux1024", "tas", "xDiT tas FLASH_4", "3.500", "1.75", "1.500", ""),
-        ("flux1024", "torus, NCCL", "torus on ring=2, fa4", "2.500", "1.25", "0.500", "1.40"),
-        ("flux1024", "torus, one-sided", "torus on ring=2, fa4", "2.600", "1.30", "0.600", ""),
+        ("flux1024", "xDiT's USP", "xDiT usp u1 r2 FLASH_4", "4.000", "2.00", "2.000", "", ""),
+        ("flux1024", "tas", "xDiT tas FLASH_4", "3.500", "1.75", "1.500", "", ""),
+        ("flux1024", "torus, NCCL", ours, "2.500", "1.25", "0.500", "1.40", "+12"),
+        ("flux1024", "torus, one-sided", ours, "2.600", "1.30", "0.600", "", ""),
     )
     assert section.title == (
         "One attention layer on 2 x GPU (NV18), played as 2 hosts, nccl and nvshmem over TCP"

@@ -1,8 +1,8 @@
 """`swiftfusion bench report`: pages and pictures from the files that benchmarks left.
 
-Reads what `bench layer --json`, `benchmarks/model_step.py --json` and `benchmarks/layer_trace.py`
-wrote. Each file becomes a section with its hardware, versions and command, a table and a bar chart,
-and the timelines that lie beside it. What is slower is in it.
+Reads what `bench layer --json` and `model_step.py`, `layer_trace.py` and `peer_layer.py` of
+`benchmarks/` wrote. Each file becomes a section with its hardware, versions and command, a table
+and a bar chart, and the timelines that lie beside it. What is slower is in it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from swiftfusion_xdit import detect
+from swiftfusion_xdit.clusters import GPUS, HOME, preset
+from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.planner import plan
+from swiftfusion_xdit.simulate.sizes import LayerShape
+from swiftfusion_xdit.simulate.transport import nccl, one_sided
 
 COLOURS = ("#9a9a9a", "#e08e2b", "#2b7bba", "#3a9d5d", "#8a5fb0")
 TEXT_COLUMNS = 3  # of every table; numbers follow
@@ -114,12 +121,13 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
             ratio, times = case[f"{mode}_of_floor"], case[mode]
             what = case["name"] if case["kind"] in ("usp", "tas") else _schedule_of(case)
             exposed_ms = times["median"] - floor_ms
-            predicted = case.get("predicted_of_floor")
+            predicted = _predicted(case, found["shape"], report)
             cells = (
                 f"{times['median']:.3f}",
                 f"{ratio:.2f}",
                 f"{exposed_ms:.3f}",
                 "" if predicted is None else f"{predicted:.2f}",
+                "" if predicted is None else f"{100 * (predicted / ratio - 1):+.0f}",
             )
             rows.append((shape, label, what, *cells))
             quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
@@ -131,7 +139,7 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
         title += f", {' and '.join(transports)}" + (" over TCP" if settings.get("tcp") else "")
     heading: tuple[str, ...] = ("shape", "way", "which", "ms", "/ floor", "exposed ms")
     if any(row[-1] for row in rows):
-        heading += ("predicted / floor",)
+        heading += ("predicted / floor", "error %")
     return Section(
         name=name,
         title=title,
@@ -177,6 +185,45 @@ def _across(transports: list[str]) -> dict[str, Callable[[dict[str, Any], str], 
         "torus, NCCL": partial(is_torus, True),
         "torus, one-sided": partial(is_torus, False),
     }
+
+
+def _predicted(case: dict[str, Any], shape: dict[str, Any], report: dict[str, Any]) -> float | None:
+    """The simulated layer over its floor.
+
+    As the planner said in the run; where machines were played on one, as the simulator says of the
+    links that they really had, which the planner was not to know of.
+    """
+    settings, gpus = report["settings"], report["hardware"]["gpus"]
+    links = report["hardware"].get("gpu_links", ())
+    index = detect.gpu_index(gpus[0]["name"])
+    played = settings.get("machines", 1) > 1 and not settings.get("tcp")
+    if not played or index < 0 or not all(link.startswith("NV") for link in links):
+        return case.get("predicted_of_floor")
+    ranks = settings["ranks"]
+    machine = preset(HOME[list(GPUS)[index]], num_machines=1)
+    cluster = replace(machine, gpus_per_machine=ranks)
+    layer = LayerShape.even(
+        ranks, sequence=shape["rows"], num_heads=shape["heads"], head_dim=shape["head_dim"]
+    )
+    transports = settings.get("transports") or [settings.get("transport")]
+    two_sided = (case.get("transport") or transports[0]) == "nccl"
+    if case["kind"] == "torus":
+        found = re.search(r"mesh (\S+), schedule (\w+)", case["plan"])
+        assert found is not None, case["plan"]
+        mesh, schedules = Mesh.parse(found[1]), (found[2],)
+    else:
+        found = re.search(r" u(\d+) r(\d+)", case["name"])
+        degrees = map(int, found.groups()) if found else (ranks, 1)
+        mesh, schedules = Mesh(1, *degrees), None
+    choice = plan(
+        cluster,
+        layer,
+        mesh,
+        strategies=("torus" if case["kind"] == "torus" else "usp",),
+        schedules=schedules,
+        transport=nccl() if two_sided else one_sided(),
+    )
+    return choice.prediction.layer_us / choice.prediction.floor_us
 
 
 def _schedule_of(case: dict[str, Any]) -> str:
@@ -257,6 +304,53 @@ def trace_section(name: str, report: dict[str, Any]) -> Section:
     )
 
 
+def peer_section(name: str, report: dict[str, Any]) -> Section:
+    """`peer_layer`: each project's fastest mode beside ours."""
+    rows: list[tuple[str, ...]] = []
+    bars: list[Bar] = []
+    kinds = {"xDiT": "usp", "torus": "torus"}
+    for found in report["shapes"]:
+        shape = found["shape"]["name"]
+        fastest: dict[str, tuple[dict[str, Any], str]] = {}
+        for label in ("torus", "xDiT", *report["peers"]):
+            fits = [
+                (case, mode)
+                for case in found["cases"]
+                for mode in ("eager", "graph")
+                if case[mode]
+                and not case["failure"]
+                and case["kind"] == kinds.get(label, "peer")
+                and (label in kinds or case["name"].startswith(f"{label} "))
+            ]
+            if fits:
+                fastest[label] = min(fits, key=lambda fit: fit[0][fit[1]]["median"])
+        ours = fastest["torus"][0][fastest["torus"][1]]["median"]
+        for label, (case, mode) in fastest.items():
+            times, ratio = case[mode], case[f"{mode}_of_floor"]
+            what = _schedule_of(case) if case["plan"] else case["name"].removeprefix(f"{label} ")
+            ms = times["median"]
+            cells = (f"{ms:.3f}", f"{ratio:.2f}", f"{ms / ours:.2f}")
+            rows.append((shape, label, f"{what}, {mode}", *cells))
+            quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
+            bars.append(Bar(shape, label, *quartiles))
+    peers = report["peers"].items()
+    versions = [f"{each} {peer['version']}" for each, peer in peers if peer["version"]]
+    reasons = {each: peer["not_run"] for each, peer in peers if peer["not_run"]}
+    missing = [f"{each} ({why})" for each, why in {**reasons, **report["not_run"]}.items()]
+    return Section(
+        name=name,
+        title=f"Other projects: one attention layer on {_gpus(report)}",
+        text=f"Of each project the fastest of the modes that are exact; `{name}.json` has all. The "
+        f"floor is {_lower(report['method']['floor'])} {'; '.join(versions)}. Not run: "
+        f"{'; '.join(missing)}. {_origin(name, report)}",
+        heading=("shape", "project", "which", "ms", "/ floor", "/ torus"),
+        rows=tuple(rows),
+        unit="time over the local kernel alone",
+        bars=tuple(bars),
+        line=1.0,
+    )
+
+
 _TRACE_LABELS = {
     "floor": "kernel alone, {mode}",
     "usp": "xDiT's best, {mode}",
@@ -268,6 +362,7 @@ _SECTIONS = {
     "model_step": step_section,
     "flux_step": step_section,
     "layer_trace": trace_section,
+    "peer_layer": peer_section,
 }
 
 
