@@ -23,8 +23,10 @@ class Fabric:
         inside: Transport,
         across: Transport,
         symmetric: bool,
+        several_peers: bool = False,
         free_links: bool = False,
     ) -> None:
+        """``several_peers``: whether ranks put to more than one other of their machine."""
         self.topology = cluster.topology
         self.symmetric = symmetric
         self.engines: dict[Resource, int] = {}
@@ -35,7 +37,8 @@ class Fabric:
             self.engines["copy engine", rank] = cluster.gpu.num_copy_engines
         if free_links:
             return
-        self._add_inside(inside.inside.fraction * BYTES_PER_US * cluster.inside.gb_per_s)
+        reached = inside.inside.fraction * (inside.inside.several_peers if several_peers else 1)
+        self._add_inside(reached * BYTES_PER_US * cluster.inside.gb_per_s)
         if cluster.across is not None:
             self._add_across(across.across.fraction * BYTES_PER_US)
 

@@ -113,7 +113,12 @@ def simulate_layer(
     mesh.require(num_ranks=cluster.num_ranks, num_heads=shape.num_heads)
     wiring = wire(schedule, sizes, cluster.topology, symmetric=symmetric)
     fabric = Fabric(
-        cluster, inside=inside, across=across, symmetric=wiring.symmetric, free_links=free_links
+        cluster,
+        inside=inside,
+        across=across,
+        symmetric=wiring.symmetric,
+        several_peers=wiring.most_peers_inside(cluster.topology) > 1,
+        free_links=free_links,
     )
     costs = costs or Costs(cluster.gpu)
     setting = Setting(

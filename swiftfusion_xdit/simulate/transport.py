@@ -14,6 +14,7 @@ class PathUse:
 
     Args:
         fraction: of the path's bandwidth that the transport reaches with large messages.
+        several_peers: of that, what a rank reaches whose messages go to several peers.
         start_us: what an operation costs before bytes move, beyond the link's own latency: of a
             one-sided put, or of a whole group of sends and receives.
         message_us: what each further message of such a group adds.
@@ -22,9 +23,10 @@ class PathUse:
     fraction: float = 1.0
     start_us: float = 0.0
     message_us: float = 0.0
+    several_peers: float = 1.0
 
     def __post_init__(self) -> None:
-        require_positive("path use", fraction=self.fraction)
+        require_positive("path use", fraction=self.fraction, several_peers=self.several_peers)
         require_positive(
             "path use", allow_zero=True, start_us=self.start_us, message_us=self.message_us
         )
@@ -95,6 +97,10 @@ CONSTANTS = Constants()
 # is 33 us beyond the link's latency, then 0.81 of what copy engines reach.
 NCCL_START_US = 33.0
 NCCL_INSIDE = PathUse(0.81, NCCL_START_US)
+# Four H200 that push to three peers in turn reach 211 GB/s each where to one they reach 368, with
+# messages of 6 MiB and more (benchmarks/results/peer_copies.json). One alone that does reaches 351:
+# the links are shared, not the engine.
+ONE_SIDED_INSIDE = PathUse(several_peers=0.57)
 # Between the kernels of two layers, on two H100 in a CUDA graph. A fused one gives slots back.
 ONE_SIDED_LAYER_US, FUSED_LAYER_US = 20.0, 8.0
 NCCL_UNITS = 16  # blocks of a point-to-point kernel
@@ -103,7 +109,13 @@ NCCL_UNITS = 16  # blocks of a point-to-point kernel
 def one_sided(constants: Constants = CONSTANTS, *, barriers: bool = False) -> Transport:
     """Copy engines inside a machine, NVSHMEM puts across."""
     across = PathUse(constants.one_sided_fraction)
-    return Transport("one-sided", across=across, barriers=barriers, layer_us=ONE_SIDED_LAYER_US)
+    return Transport(
+        "one-sided",
+        inside=ONE_SIDED_INSIDE,
+        across=across,
+        barriers=barriers,
+        layer_us=ONE_SIDED_LAYER_US,
+    )
 
 
 def nccl(constants: Constants = CONSTANTS) -> Transport:

@@ -20,7 +20,7 @@ from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule import build, build_program
 from swiftfusion_xdit.schedule.steps import Block, Program, Put, Wait
 from swiftfusion_xdit.simulate.sizes import BlockSizes
-from swiftfusion_xdit.topology import Topology
+from swiftfusion_xdit.topology import Link, Topology
 
 Message = tuple[int, int, Block]  # (from rank, to rank, block)
 
@@ -49,6 +49,20 @@ class Wiring:
         t, u = (t - by.torus) % mesh.torus, (u - by.ulysses) % mesh.ulysses
         heads = (t * mesh.ulysses + u) * self.groups_per_rank + group
         return 0, moved(dst), Block(block.tensor, moved(block.chunk), heads)
+
+    def most_peers_inside(self, topology: Topology) -> int:
+        """To how many others of its machine a rank puts, of the rank with the most."""
+        return max(
+            len(
+                {
+                    step.peer
+                    for step in program.steps
+                    if isinstance(step, Put)
+                    and topology.link(program.rank, step.peer) is Link.SAME_MACHINE
+                }
+            )
+            for program in self.programs
+        )
 
     def standing_for(self, rank: int) -> int:
         """The simulated rank that does what ``rank`` does."""
