@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from swiftfusion_xdit.comm.nccl import _can_make_group, _own_group
+from swiftfusion_xdit.comm.nccl import _can_make_group, _own_group, exchange
 from tests.distributed import RankPool
 
 
@@ -60,3 +61,27 @@ def test_transports_of_a_group_share_one_until_it_is_destroyed(
     rank_pool: Callable[[int], RankPool],
 ) -> None:
     assert rank_pool(2).run(share) == [[True, False, True]] * 2
+
+
+def give(rank: int, size: int) -> list[bool]:
+    """With gloo in NCCL's place: what each brings differs in number, size and type."""
+    group = dist.new_group(list(range(size)))
+    generator = torch.Generator().manual_seed(0)
+    brought = [
+        [torch.randn(3, 5, generator=generator), torch.arange(7, dtype=torch.int16)],
+        [torch.randn(2, 3, 4, generator=generator).to(torch.bfloat16)],
+    ]
+    found = []
+    for mine, theirs in ((brought[0], brought[1]), (brought[0], []), (brought[0], brought[0])):
+        out, expected = (mine, theirs) if rank == 0 else (theirs, mine)
+        into = [torch.zeros_like(tensor) for tensor in expected]
+        exchange(group, out, into)
+        found += [torch.equal(x, y) for x, y in zip(into, expected, strict=True)]
+    dist.destroy_process_group(group)
+    return found
+
+
+def test_two_ranks_give_each_other_what_they_bring(
+    rank_pool: Callable[[int], RankPool],
+) -> None:
+    assert rank_pool(2).run(give) == [[True] * 3, [True] * 6]

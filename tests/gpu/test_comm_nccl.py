@@ -24,13 +24,15 @@ def make(group: dist.ProcessGroup, topology: Topology) -> NcclCommunicator:
     return NcclCommunicator(group, topology, timeout_s=60)
 
 
+@pytest.mark.parametrize("machines", [1, 2])  # sends and receives, all-gathers
 @pytest.mark.parametrize("contiguous", [False, True])
-def test_no_message_is_lost_torn_or_overwritten(contiguous: bool) -> None:
-    run_on_gpus(2, many_turns, make, 300, contiguous)
+def test_no_message_is_lost_torn_or_overwritten(contiguous: bool, machines: int) -> None:
+    run_on_gpus(2, many_turns, make, 300, contiguous, machines)
 
 
-def test_a_captured_exchange_replays_exactly() -> None:
-    run_on_gpus(2, replays, make, 200)
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_captured_exchange_replays_exactly(machines: int) -> None:
+    run_on_gpus(2, replays, make, 200, machines)
 
 
 def refuse(rank: int, size: int) -> None:
