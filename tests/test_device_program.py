@@ -494,6 +494,14 @@ def test_room_for_graphs_has_an_end(machine: Machine) -> None:
     assert not found.is_wanted("one more") and not found.is_wanted("one more")
 
 
+def test_nothing_is_collected_during_a_capture(machine: Machine) -> None:
+    """What a collection lets go of may need a call that a capture forbids."""
+    collecting: list[bool] = []
+    graphs: Any = LayerGraphs()
+    graphs.capture(0, FakeStream(-1), lambda: collecting.append(gc.isenabled()))
+    assert collecting == [False] and gc.isenabled()
+
+
 def test_calls_of_another_scale_reach_their_merges(machine: Machine) -> None:
     """They find their kernel anew, and merges look where those of the first scale stored."""
     plan = plan_of("torus", Mesh(torus=2))

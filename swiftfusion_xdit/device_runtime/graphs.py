@@ -9,7 +9,9 @@ order is what the program says: peers cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -77,7 +79,7 @@ class LayerGraphs:
         """
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), _no_collection():
                 # Other threads, such as NCCL's watchdog, may query events meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 enqueue()
@@ -90,3 +92,15 @@ class LayerGraphs:
             ) from error
         self._graphs[key] = graph
         return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What a collection lets go of, such as a graph, may need a call that a capture forbids."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
