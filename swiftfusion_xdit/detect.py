@@ -8,7 +8,6 @@ probes' words over its group, and ``describe`` makes the same cluster of them on
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -16,14 +15,14 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from swiftfusion_xdit.clusters import GBIT, GPUS, NETWORK_REACHED, NVLINK_REACHED
+from swiftfusion_xdit.comm import driver
 from swiftfusion_xdit.simulate.hardware import Cluster, Gpu, Link
 from swiftfusion_xdit.topology import Topology
 
@@ -92,32 +91,14 @@ def probe(device: torch.device | str, *, machine_set: Sequence[Hashable] = ()) -
     try:
         found = Probe(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
-        with _alone(path.parent):
-            found = measure(index)
+        found = measure(index)
         _keep(found, path)
     return dataclasses.replace(found, num_cards=cards, network_mbit=mbit, is_rdma=is_rdma)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While no other rank of this host measures.
-
-    Two that copy to each other's GPU would measure how their processes take turns on it, which is
-    milliseconds a copy.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "measuring.lock").open("w")
-    except OSError:  # a read-only home
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _keep(found: Probe, path: Path) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
         draft.replace(path)
@@ -136,7 +117,12 @@ def cache_path(index: int, machine_set: Sequence[Hashable]) -> Path:
 
 
 def measure(index: int) -> Probe:
-    """Rates of GPU ``index``, by copies and products of some milliseconds."""
+    """Rates of GPU ``index``, by copies and products of some milliseconds.
+
+    All ranks measure at once. Copies to a peer therefore take nothing of it but its memory: were
+    they torch's own, which order themselves with a stream of the peer too, this process would take
+    turns with the peer's own on that GPU, milliseconds a copy.
+    """
     properties = torch.cuda.get_device_properties(index)
     here, peer = torch.device("cuda", index), _peer_of(index)
     with torch.cuda.device(here):
@@ -147,9 +133,10 @@ def measure(index: int) -> Probe:
         inside_mb_per_s, inside_ns = 0, 0
         if peer is not None:
             target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=peer)
-            large_us = _time_us(lambda: target.copy_(source, non_blocking=True))
-            small = slice(0, COPY_BYTES // 64)
-            small_us = _time_us(lambda: target[small].copy_(source[small], non_blocking=True))
+            target.copy_(source)  # torch opens the way
+            torch.cuda.synchronize(here)
+            large_us = _time_us(lambda: _push(source, target, COPY_BYTES))
+            small_us = _time_us(lambda: _push(source, target, COPY_BYTES // 64))
             # Two sizes give rate and latency.
             rate = COPY_BYTES * 63 / 64 / max(large_us - small_us, 1e-3)
             inside_mb_per_s = round(rate)
@@ -164,6 +151,13 @@ def measure(index: int) -> Probe:
         inside_ns=inside_ns,
         nvlinks=least_nvlinks(_nvidia_smi_topology()),
     )
+
+
+def _push(source: torch.Tensor, target: torch.Tensor, num_bytes: int) -> None:
+    """On the source's stream alone."""
+    stream = torch.cuda.current_stream(source.device).cuda_stream
+    shape = driver.copy_shape((num_bytes,), (1,), (1,), 1)
+    driver.load().copy(stream, target.data_ptr(), source.data_ptr(), shape)
 
 
 def gpu_index(name: str) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,24 +162,3 @@ def test_measurements_are_cached_for_a_set_of_machines(
         path.write_text("{", encoding="utf-8")
     assert detect.probe("cuda:0", machine_set=["a", "b"]) == first
     assert measured == [0, 1, 0, 0]
-
-
-def test_ranks_of_a_host_measure_one_after_another(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """On GPUs that others copy to meanwhile, a copy takes as long as processes take turns."""
-    measuring, most = [0], [0]
-
-    def measure(index: int) -> Probe:
-        measuring[0] += 1
-        most[0] = max(most[0], measuring[0])
-        time.sleep(0.05)
-        measuring[0] -= 1
-        return H200
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(detect, "measure", measure)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
-    with ThreadPoolExecutor(4) as ranks:
-        assert len(list(ranks.map(detect.probe, [f"cuda:{index}" for index in range(4)]))) == 4
-    assert most == [1]

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"schedule", "simulate", "mesh", "topology", "region", "envs", "wire"},
 }
 ALLOWED["clusters"] = {"simulate", *ALLOWED["simulate"]}
-ALLOWED["detect"] = {"clusters", *ALLOWED["clusters"]}
+ALLOWED["detect"] = {"clusters", "comm", *ALLOWED["clusters"], *ALLOWED["comm"]}
 ALLOWED["planner"] = {"plan", *ALLOWED["plan"]}
 ALLOWED["autoplan"] = {"agreement", "detect", "planner", *ALLOWED["planner"], *ALLOWED["detect"]}
 ALLOWED["exchange"] = {"plan", "comm", *ALLOWED["plan"]}
