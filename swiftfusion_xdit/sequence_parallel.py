@@ -321,7 +321,7 @@ class SequenceParallel:
                 schedule=schedule,
                 has_lse=self.backend.has_lse,
                 can_fuse=can_fuse,
-                two_sided=not self._comm.addressable,
+                two_sided=self._comm.two_sided,
             )
             self._predicted_us[shape] = choice.prediction.layer_us, choice.prediction.floor_us
             if self._comm.rank == 0:

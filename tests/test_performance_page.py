@@ -90,11 +90,16 @@ def test_other_projects_show_their_fastest_exact_mode_beside_ours(tmp_path: Path
         ("flux1024", "yunchang", "ulysses 2, graph", "4.800", "2.40", "2.00"),
     )
     assert "yunchang 1.2. Not run: cache-dit (not installed); SGLang (too large)." in section.text
+    for case in report["shapes"][0]["cases"]:
+        case["failure"] = case["failure"] or ("wrong" if case["kind"] == "torus" else None)
+    (tmp_path / "peers.json").write_text(json.dumps(report))
+    (section,) = performance.read(tmp_path)
+    assert [row[-1] for row in section.rows] == ["", ""]
 
 
 def test_machines_played_on_one_are_predicted_with_its_own_links(tmp_path: Path) -> None:
     report = layer_report()
-    size = {"name": "flux3072", "rows": 37376, "heads": 24, "head_dim": 128}
+    size = {"name": "flux3072", "batch": 1, "rows": 37376, "heads": 24, "head_dim": 128}
     plan = "strategy torus, 2 machines, mesh torus=2,ulysses=1,ring=1, schedule torus, 5 bytes"
     report["shapes"] = [
         {

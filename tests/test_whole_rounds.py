@@ -120,7 +120,7 @@ def choose(rank: int, size: int, gb_per_s: float) -> tuple[str, str, bool]:
         planner = object.__new__(AutoPlanner)
         planner._agreement, planner.cluster = sp._agreement, hosts(size, gb_per_s)
         sp._planner, sp.device = planner, torch.device("cuda")
-        sp._comm.addressable = False
+        sp._comm.two_sided = True
         sp._num_units = lambda: 132  # type: ignore[method-assign]
         chosen = sp._choose_plan(shape)
         return str(chosen.mesh), chosen.schedule.name, chosen.whole_rounds

@@ -203,7 +203,11 @@ def _predicted(case: dict[str, Any], shape: dict[str, Any], report: dict[str, An
     machine = preset(HOME[list(GPUS)[index]], num_machines=1)
     cluster = replace(machine, gpus_per_machine=ranks)
     layer = LayerShape.even(
-        ranks, sequence=shape["rows"], num_heads=shape["heads"], head_dim=shape["head_dim"]
+        ranks,
+        sequence=shape["rows"],
+        num_heads=shape["heads"],
+        head_dim=shape["head_dim"],
+        batch=shape["batch"],
     )
     transports = settings.get("transports") or [settings.get("transport")]
     two_sided = (case.get("transport") or transports[0]) == "nccl"
@@ -324,12 +328,15 @@ def peer_section(name: str, report: dict[str, Any]) -> Section:
             ]
             if fits:
                 fastest[label] = min(fits, key=lambda fit: fit[0][fit[1]]["median"])
-        ours = fastest["torus"][0][fastest["torus"][1]]["median"]
+        ours = None
+        if "torus" in fastest:
+            case, mode = fastest["torus"]
+            ours = case[mode]["median"]
         for label, (case, mode) in fastest.items():
             times, ratio = case[mode], case[f"{mode}_of_floor"]
             what = _schedule_of(case) if case["plan"] else case["name"].removeprefix(f"{label} ")
             ms = times["median"]
-            cells = (f"{ms:.3f}", f"{ratio:.2f}", f"{ms / ours:.2f}")
+            cells = (f"{ms:.3f}", f"{ratio:.2f}", "" if ours is None else f"{ms / ours:.2f}")
             rows.append((shape, label, f"{what}, {mode}", *cells))
             quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
             bars.append(Bar(shape, label, *quartiles))

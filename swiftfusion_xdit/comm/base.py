@@ -119,6 +119,8 @@ class Communicator(ABC):
     on_stream: ClassVar[bool] = False
     # Whether every peer's memory and flags have an address here, so that a layer can be compiled.
     addressable: bool = False
+    # Whether a put is a send that its receiver joins, in batches (`schedule/rounds.py`).
+    two_sided: bool = False
 
     def __init__(self, *, rank: int, size: int, topology: Topology) -> None:
         if topology.num_ranks != size:

@@ -125,6 +125,7 @@ class NcclCommunicator(StreamCommunicator):
     """
 
     transport = "nccl"
+    two_sided = True
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ MOST_GRAPHS = 128
 MOST_SEEN = 4096  # layers that are remembered to have come once
 # Of attention on a rank: about 1 ms of an H200, where the host takes 0.3 to 0.6 ms for a layer. On
 # four of them a step of FLUX.1 with 0.07e12 a layer took 13 % less with graphs, one with 0.88e12
-# took 1 % more; nothing between was measured.
+# took 1 % more; nothing between was measured (benchmarks/results/layer_graphs.md).
 HOST_BOUND_FLOP = 0.6e12
 
 

@@ -97,9 +97,9 @@ CONSTANTS = Constants()
 # is 33 us beyond the link's latency, then 0.81 of what copy engines reach.
 NCCL_START_US = 33.0
 NCCL_INSIDE = PathUse(0.81, NCCL_START_US)
-# Four H200 that push to three peers in turn reach 211 GB/s each where to one they reach 368, with
-# messages of 6 MiB and more (benchmarks/results/peer_copies.json). One alone that does reaches 351:
-# the links are shared, not the engine.
+# Four H200 that push 24 MiB to three peers in turn reach 213 to 216 GB/s each where to one they
+# reach 368; 6 MiB, 211 to 231 and 324 to 330 (benchmarks/results/peer_copies.json). One alone that
+# does so reaches 351 (puts_to_several_peers.md): the links are shared, not the engine.
 ONE_SIDED_INSIDE = PathUse(several_peers=0.57)
 # Between the kernels of two layers, on two H100 in a CUDA graph. A fused one gives slots back.
 ONE_SIDED_LAYER_US, FUSED_LAYER_US = 20.0, 8.0
