@@ -97,16 +97,20 @@ def replay(rank: int, num_ranks: int, schedule: str, backend: str, turns: int = 
         with torch.cuda.graph(graph):
             out_a = sp.attention(*a)
             out_b = sp.attention(*b)
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")  # the host runs ahead meanwhile
         for turn in range(turns):
             first, second = turn % 4, (turn * 3 + 1) % 4
             for source, target in ((first, a), (second, b)):
                 for x, y in zip(cases[source], target, strict=True):
                     y.copy_(x)
             graph.replay()
-            if not torch.equal(out_a, expected[first]) or not torch.equal(out_b, expected[second]):
-                return f"replay {turn} differs"
-            if turn % 50 == 0 and not torch.equal(sp.attention(*cases[2]), expected[2]):
-                return f"eager layer after replay {turn} differs"
+            for out, case in ((out_a, first), (out_b, second)):
+                wrong += (out != expected[case]).any()
+            if turn % 50 == 49:
+                if wrong.item():
+                    return f"{wrong.item()} layers up to replay {turn} differ"
+                if not torch.equal(sp.attention(*cases[2]), expected[2]):
+                    return f"eager layer after replay {turn} differs"
     return "same bits"
 
 
