@@ -61,7 +61,8 @@ def attend(rank: int, num_ranks: int, backend: str) -> list[tuple[str, float]]:
                     rows = 300 + 64 * (layer // 3)
                     totals = num_ranks * rows + 1, num_ranks * rows + 33
                     lengths = [uneven(total, num_ranks) for total in totals]
-                    kv_heads = 4 if layer // 3 else 6  # three rows do not fill a tile, two do
+                    # 2, then 3 query heads a key head, which tiles of 128 rows hold whole, and not.
+                    kv_heads = 4 if layer // 3 else 6
                     mine, expected = inputs(rank, layer, lengths, (12, kv_heads))
                     worst = max(worst, relative_error(sp.attention(*mine).cpu(), expected.cpu()))
                 errors.append((f"{mesh} {schedule}", worst))
