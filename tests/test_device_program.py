@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -58,6 +59,7 @@ class Ranks:
         ]
         addresses = [memory.data_ptr() for memory in self.memories]
         self.notes = torch.zeros(2, dtype=torch.int32)
+        self.watched_now, self.contexts = False, list[str]()
         self.runners = [self._runner(rank, size, addresses) for rank in range(plan.mesh.size)]
 
     def _runner(self, rank: int, size: int, addresses: list[int]) -> DeviceRunner:
@@ -75,7 +77,9 @@ class Ranks:
             begin_notes=lambda: [(address, 1), (address + 4, 1)],
             end_notes=lambda: [(address, 0)],
             stream_lane_address=lambda stream: address + 4,
+            watched=lambda: self._watched(comm),
         )
+        comm.layer_context = ""
         comm.allocate.return_value = StreamBuffer(
             self.memories[rank], addresses, rank=rank, num_bytes=size, num_flags=plan.num_flags
         )
@@ -88,6 +92,13 @@ class Ranks:
         self._set_flags(runner)
         self._compile(runner, streams[0])
         return runner
+
+    @contextmanager
+    def _watched(self, comm: Any) -> Iterator[None]:
+        self.watched_now = True
+        self.contexts.append(comm.layer_context)
+        yield
+        self.watched_now = False
 
     def _set_flags(self, runner: DeviceRunner) -> None:
         """As DeviceRunner.reset_flags leaves them."""
@@ -493,6 +504,27 @@ def test_room_for_graphs_has_an_end(machine: Machine) -> None:
         assert not found.is_wanted(number) and found.is_wanted(number)
         assert found.capture(number, FakeStream(-1), lambda: None) is found.find(number)
     assert not found.is_wanted("one more") and not found.is_wanted("one more")
+
+
+def test_the_watchdog_sees_kernels_that_are_tried(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs there would hang the host, in no layer."""
+    ranks = Ranks(plan_of("torus", Mesh(torus=2)), machine)
+    runner: Any = ranks.runners[0]
+    seen = []
+
+    def synchronize() -> None:
+        seen.append(ranks.watched_now)
+        machine.drain()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    runner._compiled.clear()
+    ranks.contexts.clear()
+    runner.run(*rows(ranks.plan, 0, seed=0), scale=0.3, context="attention call 1")
+    assert seen == [True] and not ranks.watched_now
+    assert ranks.contexts == ["attention call 1, before which its kernels are tried without a peer"]
+    assert runner._comm.layer_context == "attention call 1"
 
 
 def test_nothing_is_collected_during_a_capture(machine: Machine) -> None:

@@ -19,7 +19,8 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -82,6 +83,15 @@ class Heartbeat:
     def end_notes(self) -> list[tuple[int, int]]:
         """The same for when it has ended."""
         return [(self._address, 0)]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the host waits for the device outside of a layer: that counts as one."""
+        self._in_flight.value = self._beat.value = 1
+        try:
+            yield
+        finally:
+            self._in_flight.value = 0
 
     def stream_lane_address(self, stream: int) -> int:
         """Where a stream notes what it waits for: an aligned uint32."""

@@ -137,9 +137,9 @@ class DeviceRunner(LayerRunner):
         q, k, v = (_copyable(tensor) for tensor in (q, k, v))
         out = self._result_like(q)
         layer = Layer({"q": q, "k": k, "v": v}, out, scale, None)
+        self._comm.layer_context = context
         compiled = self._compile_for(layer)
         streams = self._streams.enter()
-        self._comm.layer_context = context
         if not self._repeat(compiled, layer, streams):
             self._run_parts(compiled, layer, streams)
         for link, num_bytes, num_messages in self._sent:
@@ -223,7 +223,11 @@ class DeviceRunner(LayerRunner):
         for part in compiled.parts:
             if not isinstance(part, tuple):
                 part.prepare(trial)
-        torch.cuda.synchronize()
+        context = self._comm.layer_context
+        self._comm.layer_context = f"{context}, before which its kernels are tried without a peer"
+        with self.notes.watched():
+            torch.cuda.synchronize()
+        self._comm.layer_context = context
 
     def _scratch_bytes(self) -> int:
         return scratch.num_bytes(self.plan) if self.backend.writes_out else 0

@@ -8,9 +8,9 @@ message that its own sender of the same turn had for it has arrived.
 
 Only puts of own inputs before anything else of their stream keep turns. They wait for nothing but
 each other, the later for the earlier, so no wait is in a circle. A rank puts nothing of a layer
-before all that it puts to have freed the slots of the layer that used them last. One of these is
-the rank that the delayed message goes to, which frees nothing before it has it: so an arrival is
-told again only after the wait for the one before, also where a captured layer is repeated alone.
+before it and all that it puts to are through with the layer that used the same slots last. One of
+these is the rank that the delayed message goes to, which needs it: so an arrival is told again only
+after the wait for the one before, also where a captured layer is repeated alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def turns(schedule: Schedule) -> dict[Message, Message]:
                 if messages[number].peer == messages[number - 1].peer or len(arriving) != 1:
                     continue
                 (before,) = arriving
-                if any(other.peer == messages[number].peer for other in by_rank[before.writer]):
+                peer = messages[number].peer
+                if peer in (before.writer, *(other.peer for other in by_rank[before.writer])):
                     found[messages[number]] = before
     return found
 
