@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftfusion_xdit import detect
-from swiftfusion_xdit.clusters import GPUS, HOME, preset
+from swiftfusion_xdit.clusters import GPUS, home_of, preset
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.planner import plan
 from swiftfusion_xdit.simulate.sizes import LayerShape
@@ -26,6 +26,7 @@ from swiftfusion_xdit.simulate.transport import nccl, one_sided
 COLOURS = ("#9a9a9a", "#e08e2b", "#2b7bba", "#3a9d5d", "#8a5fb0")
 TEXT_COLUMNS = 3  # of every table; numbers follow
 VERSIONS = ("torch", "cuda", "xfuser", "flash-attn-4", "nccl")
+Fastest = tuple[dict[str, Any], str]  # a case, and its mode: eager or graph
 HEAD = "<!-- written by `swiftfusion bench report`; edits are lost -->"
 
 
@@ -109,15 +110,10 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
             if case["kind"] == "floor" and case[mode]
         )
         for label, wanted in ways.items():
-            fits = [
-                (case, mode)
-                for case in found["cases"]
-                for mode in ("eager", "graph")
-                if case[mode] and not case["failure"] and wanted(case, mode)
-            ]
-            if not fits:
+            fastest = _fastest(found["cases"], wanted)
+            if fastest is None:
                 continue
-            case, mode = min(fits, key=lambda fit: fit[0][fit[1]]["median"])
+            case, mode = fastest
             ratio, times = case[f"{mode}_of_floor"], case[mode]
             what = case["name"] if case["kind"] in ("usp", "tas") else _schedule_of(case)
             exposed_ms = times["median"] - floor_ms
@@ -130,8 +126,7 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
                 "" if predicted is None else f"{100 * (predicted / ratio - 1):+.0f}",
             )
             rows.append((shape, label, what, *cells))
-            quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
-            bars.append(Bar(shape, label, *quartiles))
+            bars.append(_bar_over_floor(shape, label, case, mode))
     title = f"One attention layer on {_gpus(report)}"
     if machines > 1:
         title += f", played as {machines} {'hosts' if settings['tcp'] else 'machines'}"
@@ -151,6 +146,25 @@ def layer_section(name: str, report: dict[str, Any]) -> Section:
         bars=tuple(bars),
         line=1.0,
     )
+
+
+def _fastest(
+    cases: Iterable[dict[str, Any]], wanted: Callable[[dict[str, Any], str], bool]
+) -> Fastest | None:
+    """Of the cases that ran and are wanted, in either mode."""
+    fits = [
+        (case, mode)
+        for case in cases
+        for mode in ("eager", "graph")
+        if case[mode] and not case["failure"] and wanted(case, mode)
+    ]
+    return min(fits, key=lambda fit: fit[0][fit[1]]["median"], default=None)
+
+
+def _bar_over_floor(shape: str, label: str, case: dict[str, Any], mode: str) -> Bar:
+    times, ratio = case[mode], case[f"{mode}_of_floor"]
+    quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
+    return Bar(shape, label, *quartiles)
 
 
 def _is_planned(
@@ -200,8 +214,7 @@ def _predicted(case: dict[str, Any], shape: dict[str, Any], report: dict[str, An
     if not played or index < 0 or not all(link.startswith("NV") for link in links):
         return case.get("predicted_of_floor")
     ranks = settings["ranks"]
-    machine = preset(HOME[list(GPUS)[index]], num_machines=1)
-    cluster = replace(machine, gpus_per_machine=ranks)
+    cluster = preset(home_of(list(GPUS)[index]), num_machines=1, gpus_per_machine=ranks)
     layer = LayerShape.even(
         ranks,
         sequence=shape["rows"],
@@ -212,13 +225,12 @@ def _predicted(case: dict[str, Any], shape: dict[str, Any], report: dict[str, An
     transports = settings.get("transports") or [settings.get("transport")]
     two_sided = (case.get("transport") or transports[0]) == "nccl"
     if case["kind"] == "torus":
-        found = re.search(r"mesh (\S+), schedule (\w+)", case["plan"])
-        assert found is not None, case["plan"]
-        mesh, schedules = Mesh.parse(found[1]), (found[2],)
+        degrees, schedule = _planned(case)
+        mesh, schedules = Mesh.parse(degrees), (schedule,)
     else:
         found = re.search(r" u(\d+) r(\d+)", case["name"])
-        degrees = map(int, found.groups()) if found else (ranks, 1)
-        mesh, schedules = Mesh(1, *degrees), None
+        ulysses, ring = map(int, found.groups()) if found else (ranks, 1)
+        mesh, schedules = Mesh(1, ulysses, ring), None
     choice = plan(
         cluster,
         layer,
@@ -231,10 +243,16 @@ def _predicted(case: dict[str, Any], shape: dict[str, Any], report: dict[str, An
 
 
 def _schedule_of(case: dict[str, Any]) -> str:
+    mesh, schedule = _planned(case)
+    degrees = [degree for degree in mesh.split(",") if not degree.endswith("=1")]
+    return f"{schedule} on {' '.join(degrees)}, {case['backend']}"
+
+
+def _planned(case: dict[str, Any]) -> tuple[str, str]:
+    """The mesh and the schedule that a case of ours ran on."""
     found = re.search(r"mesh (\S+), schedule (\w+)", case["plan"])
     assert found is not None, case["plan"]
-    degrees = [degree for degree in found[1].split(",") if not degree.endswith("=1")]
-    return f"{found[2]} on {' '.join(degrees)}, {case['backend']}"
+    return found[1], found[2]
 
 
 def step_section(name: str, report: dict[str, Any]) -> Section:
@@ -312,34 +330,21 @@ def peer_section(name: str, report: dict[str, Any]) -> Section:
     """`peer_layer`: each project's fastest mode beside ours."""
     rows: list[tuple[str, ...]] = []
     bars: list[Bar] = []
-    kinds = {"xDiT": "usp", "torus": "torus"}
     for found in report["shapes"]:
         shape = found["shape"]["name"]
-        fastest: dict[str, tuple[dict[str, Any], str]] = {}
-        for label in ("torus", "xDiT", *report["peers"]):
-            fits = [
-                (case, mode)
-                for case in found["cases"]
-                for mode in ("eager", "graph")
-                if case[mode]
-                and not case["failure"]
-                and case["kind"] == kinds.get(label, "peer")
-                and (label in kinds or case["name"].startswith(f"{label} "))
-            ]
-            if fits:
-                fastest[label] = min(fits, key=lambda fit: fit[0][fit[1]]["median"])
         ours = None
-        if "torus" in fastest:
-            case, mode = fastest["torus"]
-            ours = case[mode]["median"]
-        for label, (case, mode) in fastest.items():
-            times, ratio = case[mode], case[f"{mode}_of_floor"]
+        for label in ("torus", "xDiT", *report["peers"]):
+            fastest = _fastest(found["cases"], partial(_is_of, label))
+            if fastest is None:
+                continue
+            case, mode = fastest
+            ms, ratio = case[mode]["median"], case[f"{mode}_of_floor"]
+            if label == "torus":
+                ours = ms
             what = _schedule_of(case) if case["plan"] else case["name"].removeprefix(f"{label} ")
-            ms = times["median"]
             cells = (f"{ms:.3f}", f"{ratio:.2f}", "" if ours is None else f"{ms / ours:.2f}")
             rows.append((shape, label, f"{what}, {mode}", *cells))
-            quartiles = (times[key] * ratio / times["median"] for key in ("q1", "median", "q3"))
-            bars.append(Bar(shape, label, *quartiles))
+            bars.append(_bar_over_floor(shape, label, case, mode))
     peers = report["peers"].items()
     versions = [f"{each} {peer['version']}" for each, peer in peers if peer["version"]]
     reasons = {each: peer["not_run"] for each, peer in peers if peer["not_run"]}
@@ -356,6 +361,11 @@ def peer_section(name: str, report: dict[str, Any]) -> Section:
         bars=tuple(bars),
         line=1.0,
     )
+
+
+def _is_of(project: str, case: dict[str, Any], mode: str) -> bool:
+    kind = {"torus": "torus", "xDiT": "usp"}.get(project, "peer")
+    return case["kind"] == kind and (kind != "peer" or case["name"].startswith(f"{project} "))
 
 
 _TRACE_LABELS = {
