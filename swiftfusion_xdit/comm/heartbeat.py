@@ -1,7 +1,8 @@
 """What a GPU notes about its layers in host memory, for the watchdog to read.
 
 The notes are written by the streams themselves, as constants, so a captured CUDA graph makes them
-on every replay. Nothing here synchronises with the device.
+on every replay; the host makes one around kernels that it tries. Nothing here synchronises with the
+device.
 
 | note | written | means |
 |---|---|---|

@@ -85,9 +85,9 @@ def transfers_dominate(
     """Whether the machines' links are so slow that attention can hide little of a layer's bytes.
 
     Decided by rates that all ranks have agreed on, so all decide alike. Where a put is a send that
-    its receiver joins, such a layer is better off with few batches than with overlap: of four hosts
-    over TCP each had attention for a tenth of the transfers' time, and lost more than that to the
-    turns of six batches.
+    its receiver joins, such a layer is taken to be better off with few batches than with overlap:
+    four hosts over TCP had attention for a tenth of the transfers' time. The two were not compared
+    in one run.
 
     Args:
         shape: even, see ``even_shape``.
