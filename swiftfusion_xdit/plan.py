@@ -363,15 +363,16 @@ def make_plan(
         whole_sequence: whether the kernel must see all rows, in order, in one call; then the
             schedule is ``pipelined`` and the mesh has no ring.
         num_units: multiprocessors of the device, for the number of head groups; 0 if unknown.
-        groups_per_rank: forces the number of head groups of ``pipelined`` and ``fused``, as far as
-            there are heads; 0 leaves it open.
+        groups_per_rank: forces the number of head groups of ``pipelined`` and ``fused``, and of
+            ``torus`` on a mesh with torus=1, as far as there are heads; 0 leaves it open.
         edge_heads: heads of the first and the last of these groups; 0: as many as the others.
         whole_rounds: whether transfers whose receivers take part go in as few batches as can be,
             see ``schedule/rounds.py``.
 
     Raises:
-        ValueError: a mesh that does not fit the group or the heads, a schedule that needs a
-            log-sum-exp that the kernel does not have, or ``fused`` where ``not_fused_because``.
+        ValueError: a mesh that does not fit the group or the heads, head groups that the schedule
+            does not have there, a schedule that needs a log-sum-exp that the kernel does not have,
+            or ``fused`` where ``not_fused_because``.
     """
     if whole_sequence:
         mesh = mesh or whole_sequence_mesh(topology)
@@ -395,10 +396,10 @@ def make_plan(
         name = "pipelined" if not has_lse or (num_units and mesh.torus == 1) else "torus"
     else:
         name = schedule
-    groups = 1
-    if name in ("pipelined", "whole_sequence", "fused"):
-        groups = min(groups_per_rank, shape.num_heads // mesh.num_head_groups)
-        if not groups:
+    groups = min(groups_per_rank, shape.num_heads // mesh.num_head_groups)
+    if not groups:
+        groups = 1
+        if name in ("pipelined", "whole_sequence", "fused"):
             groups, edge_heads = pipelined_groups(shape, mesh, num_units)
     plan = Plan(shape, build(name, mesh, groups_per_rank=groups), edge_heads, whole_rounds)
     if not has_lse and needs_lse(plan.schedule):

@@ -28,6 +28,7 @@ from swiftfusion_xdit.plan import (
     not_fused_because,
 )
 from swiftfusion_xdit.runtime import LayerRunner
+from swiftfusion_xdit.schedule import GROUPED
 from swiftfusion_xdit.simulate.timeline import Event
 from swiftfusion_xdit.topology import Topology
 
@@ -63,7 +64,8 @@ class SequenceParallel:
         mesh: ``Mesh``, its text form or a mapping; by default the strategy's rule.
         schedule: ``auto``, ``torus``, ``folded``, ``pipelined`` or ``fused``; for strategy
             ``torus`` only. Layers that ``fused`` cannot serve run in ``pipelined``.
-        groups: head groups of schedules ``pipelined`` and ``fused``; by default the plan's choice.
+        groups: head groups of schedules ``pipelined`` and ``fused``, and of ``torus`` on a mesh
+            with torus=1; by default the plan's choice.
         transport: ``auto`` or the name of a transport, see ``comm.create_communicator``.
         backend: ``auto``, the name of a local attention kernel, see ``attention``, or a kernel.
         wire: how rows travel between ranks: ``exact``, or ``fp8``, as 8-bit floats with a scale
@@ -113,9 +115,9 @@ class SequenceParallel:
             raise ValueError(
                 f"schedule={schedule!r} needs strategy='torus', got strategy={strategy!r}"
             )
-        if groups is not None and (groups < 1 or schedule not in ("pipelined", "fused")):
+        if groups is not None and (groups < 1 or schedule not in GROUPED):
             raise ValueError(
-                "groups must be at least 1, with schedule='pipelined' or 'fused'; "
+                "groups must be at least 1, with schedule='torus', 'pipelined' or 'fused'; "
                 f"got groups={groups} and schedule={schedule!r}"
             )
         self.strategy = strategy

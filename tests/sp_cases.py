@@ -33,6 +33,7 @@ class Case:
     scale: float | None = None
     seed: int = 0
     wire: str = "exact"
+    groups: int | None = None
 
     def full_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of the whole sequence, [B, S, H, D], rounded to the case's dtype."""
@@ -54,6 +55,7 @@ class Case:
             machines=self.machines,
             mesh=self.mesh,
             schedule=self.schedule,
+            groups=self.groups,
             wire=self.wire,
         )
 

@@ -109,7 +109,9 @@ def test_cases_cover_every_degree_schedule_and_mesh() -> None:
     assert (without.name, without.layer_graphs) == ("torus/auto fa4 without layer graphs", False)
     assert (again.name, again.layer_graphs) == ("torus/auto fa4 with layer graphs", True)
     grouped = [c.groups for c in config(strategies=("torus",), groups=(1, 3)).cases()]
-    assert grouped == [None, None, None, 1, 3]  # floor, torus, pipelined thrice
+    assert grouped == [None, None, 1, 3, None, 1, 3]  # floor, torus and pipelined thrice
+    across = config(strategies=("torus",), groups=(3,), machines=2, schedules=("torus",)).cases()
+    assert [c.groups for c in across] == [None, None]  # a torus axis has no head groups
 
 
 def test_run_on_cpu_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,8 @@ from tests.meshes import meshes_of
 def schedules_on(mesh: Mesh) -> list[tuple[str, int]]:
     """(builder, head groups a rank) that serve a mesh."""
     chosen = [("usp", 1), ("torus", 1), ("folded", 1), ("pipelined", 1), ("pipelined", 2)]
+    if mesh.torus == 1:
+        chosen.append(("torus", 2))
     if mesh.ring == 1:
         chosen.append(("ulysses", 1))
     if mesh.num_head_groups == 1:
@@ -54,7 +56,8 @@ def test_three_head_groups() -> None:
         ("ulysses", Mesh(1, 2, 2), 1, "ulysses needs a mesh with ring=1"),
         ("ring", Mesh(2, 1, 2), 1, "ring needs a mesh with torus=1 and ulysses=1"),
         ("fused", Mesh(2, 1, 2), 1, "'fused' needs a mesh with torus=1 and ulysses=1"),
-        ("torus", Mesh(2), 2, "groups_per_rank must be 1, or more with schedules 'pipelined' and"),
+        ("folded", Mesh(2), 2, "or more with schedules 'torus', 'pipelined' and 'fused'"),
+        ("torus", Mesh(2), 2, "must be 1 with schedule 'torus' on a mesh with torus > 1, got 2 on"),
         ("pipelined", Mesh(2), 0, "groups_per_rank must be 1, or more"),
     ],
 )

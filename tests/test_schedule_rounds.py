@@ -18,7 +18,7 @@ def schedules() -> list[Any]:
     for size in (1, 2, 3, 4, 6, 8, 12):
         for mesh in meshes_of(size):
             for name in BUILDERS:
-                for groups in (1, 3) if name == "pipelined" else (1,):
+                for groups in (1, 3) if name in ("pipelined", "torus") else (1,):
                     try:
                         build(name, mesh, groups_per_rank=groups)
                     except ValueError:

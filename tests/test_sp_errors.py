@@ -12,7 +12,7 @@ from tests.sp_cases import Case
 CONSTRUCTOR = [
     ({"strategy": "spiral"}, "strategy must be one of usp, tas, torus; got 'spiral'"),
     ({"schedule": "fast"}, "schedule must be one of auto, torus, folded, pipelined, fused; got"),
-    ({"schedule": "torus", "groups": 2}, "groups must be at least 1, with schedule='pipelined'"),
+    ({"schedule": "folded", "groups": 2}, "groups must be at least 1, with schedule='torus', 'pip"),
     ({"schedule": "fused", "groups": 0}, "groups must be at least 1, .* got groups=0"),
     ({"strategy": "usp", "schedule": "torus"}, "schedule='torus' needs strategy='torus'"),
     ({"transport": "pigeon"}, "transport must be one of auto, shm, .* got 'pigeon'"),

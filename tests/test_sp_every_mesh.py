@@ -32,6 +32,25 @@ def test_against_the_oracle(rank_pool, num_ranks: int, schedule: str) -> None:
             assert max(errors) <= bound, (case, errors)
 
 
+@pytest.mark.parametrize("groups", [2, 4, 100])  # of nine heads, three with keys
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
+def test_torus_in_head_groups(rank_pool, num_ranks: int, groups: int) -> None:
+    for mesh in meshes_of(num_ranks):
+        if mesh.torus > 1:
+            continue
+        case = Case(
+            mesh=mesh,
+            query_lengths=uneven(4 * num_ranks + 3, num_ranks),
+            key_lengths=uneven(5 * num_ranks + 1, num_ranks),
+            groups=groups,
+            batch=2,
+            num_heads=9,
+            num_kv_heads=3,
+        )
+        errors = rank_pool(num_ranks).run(run_cases, [case], 3)
+        assert max(errors) <= 2e-6, (case, errors)
+
+
 @pytest.mark.parametrize("strategy", ["usp", "tas"])
 def test_classic_strategies(rank_pool, strategy: str) -> None:
     for mesh in [*meshes_of(4), Mesh(2, 1, 3)]:

@@ -56,7 +56,7 @@ def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strategies", help="of usp,tas,torus (usp,torus; tas too with --machines above 1)")
     schedules = ",".join(SCHEDULES)
     add("--schedules", default=schedules, help=f"of {schedules} (all)")
-    add("--groups", default="", help="head groups of pipelined and fused to force too, as 1,2,4")
+    add("--groups", default="", help="head groups to force too, if a schedule has them, as 1,2")
     add("--backends", help="local kernels (fa4,cudnn; on CPU cpu)")
     add("--mesh", action="append", help="also this mesh, as torus=T,ulysses=U,ring=R; repeatable")
     add("--ranks", type=int, help=f"ranks (all GPUs; on CPU {CPU_RANKS})")

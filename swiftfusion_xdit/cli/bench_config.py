@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from swiftfusion_xdit.envs import SCHEDULES, TRANSPORTS
 from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.schedule import GROUPED
 
 STRATEGIES = ("usp", "tas", "torus")
 # Largest relative error against attention in fp64 that is rounding and no mistake.
@@ -204,13 +205,20 @@ class BenchConfig:
             for kind in kinds
             for transport in transports
             for schedule in self.schedules
-            for groups in (None, *(self.groups if schedule in ("pipelined", "fused") else ()))
             for mesh in self.meshes
+            for groups in (None, *self._groups(schedule, mesh))
         ]
         if not self.layer_graphs:
             return cases
         first = [replace(c, layer_graphs=False) if c.kind == "torus" else c for c in cases]
         return first + [replace(c, layer_graphs=True) for c in cases if c.kind == "torus"]
+
+    def _groups(self, schedule: str, mesh: str | None) -> tuple[int, ...]:
+        """Head groups to force; `torus` has some only without a torus axis."""
+        has_torus_axis = Mesh.parse(mesh).torus > 1 if mesh else self.machines > 1
+        if schedule not in GROUPED or (schedule == "torus" and has_torus_axis):
+            return ()
+        return self.groups
 
     def _stock(self, strategy: str, backend: str) -> list[Case]:
         if strategy == "tas":

@@ -14,7 +14,7 @@ from swiftfusion_xdit.schedule.pipelined import pipelined, whole_sequence
 from swiftfusion_xdit.schedule.steps import Program, Schedule
 from swiftfusion_xdit.schedule.torus import torus
 
-__all__ = ["BUILDERS", "Schedule", "ScheduleError", "build", "build_program", "check"]
+__all__ = ["BUILDERS", "GROUPED", "Schedule", "ScheduleError", "build", "build_program", "check"]
 
 BUILDERS: dict[str, Callable[..., Program]] = {
     "ulysses": ulysses,
@@ -26,7 +26,8 @@ BUILDERS: dict[str, Callable[..., Program]] = {
     "fused": fused,
     "whole_sequence": whole_sequence,
 }
-GROUPED = (pipelined, fused, whole_sequence)  # work through several head groups in turn
+# They work through several head groups in turn.
+GROUPED = ("torus", "pipelined", "fused", "whole_sequence")
 
 
 @lru_cache(maxsize=64)
@@ -44,8 +45,8 @@ def build_program(name: str, mesh: Mesh, rank: int, *, groups_per_rank: int = 1)
 
     Args:
         name: a key of ``BUILDERS``.
-        groups_per_rank: head groups that each rank works through in turn; only ``pipelined`` and
-            ``fused`` take more than one.
+        groups_per_rank: head groups that each rank works through in turn; more than one only with
+            ``pipelined``, ``fused``, and ``torus`` on a mesh with torus=1.
 
     Raises:
         ValueError: an unknown name, a mesh the builder does not serve, or a number of groups
@@ -54,10 +55,10 @@ def build_program(name: str, mesh: Mesh, rank: int, *, groups_per_rank: int = 1)
     builder = BUILDERS.get(name)
     if builder is None:
         raise ValueError(f"schedule must be one of {sorted(BUILDERS)}, got {name!r}")
-    if groups_per_rank < 1 or (groups_per_rank > 1 and builder not in GROUPED):
+    if groups_per_rank < 1 or (groups_per_rank > 1 and name not in GROUPED):
         raise ValueError(
-            "groups_per_rank must be 1, or more with schedules 'pipelined' and 'fused', "
+            "groups_per_rank must be 1, or more with schedules 'torus', 'pipelined' and 'fused', "
             f"got {groups_per_rank} with {name!r}"
         )
-    options = {"groups_per_rank": groups_per_rank} if builder in GROUPED else {}
+    options = {"groups_per_rank": groups_per_rank} if name in GROUPED else {}
     return builder(mesh, rank, **options)

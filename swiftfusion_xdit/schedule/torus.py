@@ -14,9 +14,14 @@ Stationary and remote queries have a compute stream each: where one's last tiles
 the other's begin. Inside a machine keys go round the ring: each rank puts its own rows to every
 rank that will attend them, and hands on what it receives from another machine, so that a row
 crosses machines once.
+
+On one machine's mesh (T = 1) heads may go in groups. Where keys come in more slowly than they are
+attended, only the last group's attention is left when all are here.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.program_builder import ProgramBuilder
@@ -56,13 +61,29 @@ class MachineChunks:
         return self.keys(*range(self.mesh.torus))
 
 
-def torus(mesh: Mesh, rank: int) -> Program:
-    """One rank's program of Torus Attention."""
+def torus(mesh: Mesh, rank: int, *, groups_per_rank: int = 1) -> Program:
+    """One rank's program of Torus Attention.
+
+    Raises:
+        ValueError: several head groups on a mesh with a torus axis, whose stages pipeline already.
+    """
+    if groups_per_rank > 1 < mesh.torus:
+        raise ValueError(
+            f"groups_per_rank must be 1 with schedule 'torus' on a mesh with torus > 1, got "
+            f"{groups_per_rank} on {mesh}"
+        )
     chunks = MachineChunks(mesh, rank)
-    b = ProgramBuilder(mesh, rank, query_order=chunks.all_queries(), key_order=chunks.all_keys())
+    b = ProgramBuilder(
+        mesh,
+        rank,
+        query_order=chunks.all_queries(),
+        key_order=chunks.all_keys(),
+        groups_per_rank=groups_per_rank,
+    )
     remote = range(1, mesh.torus)
 
-    scatter(b)
+    for group in range(groups_per_rank):
+        scatter(b, group=group)
     stationary(b, chunks, copy_stream="compute2" if remote else "compute")
     for i in remote:
         with b.stage(f"pull_q[{i}]"):
@@ -83,7 +104,8 @@ def torus(mesh: Mesh, rank: int) -> Program:
         if remote:
             b.merge_and_push(chunks.queries(*remote), stream="torus", merge_stream="compute2")
             b.attend(chunks.queries(0), chunks.keys(*remote))
-        b.merge_and_push(chunks.queries(0), stream="ring")
+        for group in range(groups_per_rank):
+            b.merge_and_push(chunks.queries(0), stream="ring", group=group)
     b.collect_output()
     return b.finish()
 
@@ -110,14 +132,18 @@ def stationary(
     b: ProgramBuilder, chunks: MachineChunks, *, copy_stream: Stream = "compute"
 ) -> None:
     """Attend the queries of the own machine with its keys, one ring step after another."""
+    groups, steps = range(b.groups_per_rank), range(b.mesh.ring)
     with b.stage("pull_q[0]"):
-        b.copy_own(stream=copy_stream)
-        for chunk in chunks.queries(0):
-            b.wait("q", chunk)
-        for s in range(b.mesh.ring):
+        for group in groups:
+            b.copy_own(stream=copy_stream, group=group)
+        # Of every group what is at hand first, then the ring in the order in which it comes.
+        for group, s in [*((group, 0) for group in groups), *product(groups, steps[1:])]:
+            if s == 0:
+                for chunk in chunks.queries(0):
+                    b.wait("q", chunk, group=group)
             for chunk in chunks.ring_step(0, s):
-                b.wait("kv", chunk)
-            b.attend(chunks.queries(0), chunks.ring_step(0, s))
+                b.wait("kv", chunk, group=group)
+            b.attend(chunks.queries(0), chunks.ring_step(0, s), group=group)
 
 
 def relay_keys(b: ProgramBuilder, chunks: MachineChunks, i: int, *, group: int = 0) -> None:
