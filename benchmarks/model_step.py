@@ -46,8 +46,9 @@ from swiftfusion_xdit.cli.bench_parts import Ranks
 from swiftfusion_xdit.cli.bench_report import tables_console, write_json
 
 METHOD = {
-    "ms": "Strategies take turns in each round, and the first one rotates. A turn is a barrier, "
-    "then --steps steps back to back; the slowest rank's time counts, divided by the steps.",
+    "ms": "Strategies take turns in each round, in an order drawn for the round. A turn is a "
+    "barrier, then --steps steps back to back; the slowest rank's time counts, divided by the "
+    "steps.",
     "best stock /": "The fastest of xDiT's own of the same mode over this one: median over rounds "
     "of the two times of a round, divided.",
     "ceiling": "Each rank attends, with our kernel, heads / ranks heads of as many rows as all "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -56,8 +57,8 @@ class ModelStep:
         cases = [case for case, one in found.items() if one.failure is None]
         rounds = 0
         while rounds < self.settings.rounds:
-            first = rounds % max(1, len(cases))
-            for case in cases[first:] + cases[:first]:
+            # What ran before decides how hot a GPU is. The order is the same on all ranks.
+            for case in random.Random(rounds).sample(cases, len(cases)):
                 self._turn(case, found[case])
             rounds += 1
             if max(self.ranks.gather(time.monotonic() - start_s)) > self.settings.seconds:

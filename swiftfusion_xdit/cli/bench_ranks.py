@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -114,10 +115,8 @@ class LayerBench:
             self._check(case)
         num_rounds = self._plan_turns()
         for idx in range(num_rounds):
-            cases = self._cases()
-            first = idx % max(1, len(cases))
-            for case in cases[first:] + cases[:first]:
-                self._turn(case)
+            for case, is_graph in self._turns(idx):
+                self._turn(case, is_graph)
         everyone = self.ranks.gather([vars(found) for found in self.measured.values()])
         self._graphs.clear()
         return {
@@ -130,6 +129,19 @@ class LayerBench:
 
     def _cases(self) -> list[Case]:
         return [case for case, found in self.measured.items() if found.failure is None]
+
+    def _turns(self, round_idx: int) -> list[tuple[Case, bool]]:
+        """Each case, eager and as a graph, in an order of the round's own, alike on all ranks.
+
+        What ran before decides how hot a GPU is and how high it clocks.
+        """
+        turns = [(case, False) for case in self._cases()]
+        turns += [(case, True) for case, _ in turns if self._can_replay(case)]
+        random.Random(round_idx).shuffle(turns)
+        return turns
+
+    def _can_replay(self, case: Case) -> bool:
+        return case in self._graphs and self.measured[case].graph_failure is None
 
     def _check(self, case: Case) -> None:
         """Two layers (even and odd); the last one's result against the reference."""
@@ -228,17 +240,18 @@ class LayerBench:
                     failure = f"wrong: relative error {difference:.2g}"
             found.graph_failure = self.ranks.first_failure(failure)
 
-    def _turn(self, case: Case) -> None:
+    def _turn(self, case: Case, is_graph: bool) -> None:
         found = self.measured[case]
-        ms, host_us = self._time(self.layer(case), found.layers)
-        found.eager_ms.append(ms)
-        if self.on_gpu:
-            found.host_us.append(host_us)
-        if case in self._graphs and found.graph_failure is None:
+        if is_graph:
             graph, _ = self._graphs[case]
             # One replay is a turn's layers.
             ms, _ = self._time(graph.replay, 1, head_start=True)
             found.graph_ms.append(ms / found.layers)
+            return
+        ms, host_us = self._time(self.layer(case), found.layers)
+        found.eager_ms.append(ms)
+        if self.on_gpu:
+            found.host_us.append(host_us)
 
     def _time(
         self, run: Callable[[], Any], num_calls: int, *, head_start: bool = False
