@@ -219,6 +219,11 @@ def test_a_runtime_shape_is_planned_as_it_is() -> None:
     assert layer_shape(attention_shape(shape)) == shape
 
 
+@pytest.mark.parametrize("rows", [75600, 119056, 300000])
+def test_one_attention_call_is_tried_though_others_come_close_to_its_bound(rows: int) -> None:
+    assert plan(*make("h200-2", 1, 2, rows, 24, 128)).schedule == "fused"
+
+
 def test_one_attention_call_wins_what_the_simulator_cannot_tell() -> None:
     choice = plan(*make("h200-2", 1, 2, 4608, 8, 64), effort=None)
     assert choice.schedule == "fused"

@@ -47,7 +47,7 @@ def errors(ranks: int) -> list[float]:
             mesh = Mesh.parse(plan[1])
             took_us = min(
                 simulated(c.schedule, c.mesh, c.groups_per_rank, c.edge_heads).total_us
-                for c in schedules_on("torus", mesh, shape, schedules=(plan[2],))
+                for c in schedules_on("torus", mesh, shape, 1, schedules=(plan[2],))
             )
             found.append(took_us / floor_us / case["graph_of_floor"] - 1)
     return found

@@ -98,8 +98,17 @@ def test_two_hosts_over_tcp_take_a_ring(
 ) -> None:
     choice = plan(hosts(2, gb_per_s), layer(2, model), transport=nccl(), effort=effort)
     assert (choice.mesh, choice.schedule) == (Mesh(ring=2), "torus")
+    # Of head groups as many as cost nothing: where attention is next to nothing, one.
+    assert choice.candidate.groups_per_rank == 4 or model == FLUX_1024
     torus = best_of(choice, Mesh(torus=2))
     assert choice.prediction.layer_us < 1.06 * torus  # they are as fast as the simulator can tell
+
+
+def test_head_groups_are_not_for_rings_whose_links_keep_up() -> None:
+    cluster, shape = hosts(2, 400.0), layer(2, WAN_720)
+    choice = plan(cluster, shape, "ring=2", schedules=("torus",), transport=nccl())
+    assert choice.candidate == Candidate("torus", Mesh(ring=2), "torus")
+    assert plan(hosts(2, TCP), shape, "ring=2", transport=nccl()).candidate.groups_per_rank == 4
 
 
 def test_more_keys_than_queries_are_not_worth_a_ring() -> None:
@@ -112,7 +121,7 @@ def best_of(choice: Choice, mesh: Mesh) -> float:
     return min(prediction.layer_us for prediction in found if prediction is not None)
 
 
-def choose(rank: int, size: int, gb_per_s: float) -> tuple[str, str, bool]:
+def choose(rank: int, size: int, gb_per_s: float) -> tuple[str, str, int, bool]:
     """What a rank on a GPU would run; here its device and its planner's cluster are made up."""
     lengths = (37376 // size,) * size
     shape = AttentionShape(1, lengths, lengths, 24, 24, 128, torch.bfloat16)
@@ -123,12 +132,13 @@ def choose(rank: int, size: int, gb_per_s: float) -> tuple[str, str, bool]:
         sp._comm.two_sided = True
         sp._num_units = lambda: 132  # type: ignore[method-assign]
         chosen = sp._choose_plan(shape)
-        return str(chosen.mesh), chosen.schedule.name, chosen.whole_rounds
+        schedule = chosen.schedule
+        return str(chosen.mesh), schedule.name, schedule.groups_per_rank, chosen.whole_rounds
 
 
 def test_ranks_run_what_was_planned(rank_pool: Callable[[int], RankPool]) -> None:
-    ring = ("torus=1,ulysses=1,ring=2", "torus", True)
+    ring = ("torus=1,ulysses=1,ring=2", "torus", 4, False)
     assert rank_pool(2).run(choose, TCP) == [ring] * 2
     found = rank_pool(4).run(choose, TCP)
-    assert found[0][0] == "torus=4,ulysses=1,ring=1" and found[0][2] and len(set(found)) == 1
-    assert not rank_pool(4).run(choose, FAST)[0][2]
+    assert found[0][0] == "torus=4,ulysses=1,ring=1" and found[0][3] and len(set(found)) == 1
+    assert not rank_pool(4).run(choose, FAST)[0][3]

@@ -18,6 +18,7 @@ from swiftfusion_xdit.planner.bounds import (
     lower_bound_us,
     num_messages,
     transfers_dominate,
+    transfers_over_attention,
 )
 from swiftfusion_xdit.planner.candidates import (
     KNOWN_SCHEDULES,
@@ -125,12 +126,29 @@ class Question:
         return self.transport if candidate.strategy == "torus" else STOCK
 
     def in_rounds(self, candidate: Candidate) -> Candidate:
-        """The candidate with its transfers in whole rounds, if they dominate the layer."""
-        if candidate.strategy != "torus":
+        """The candidate with its transfers in whole rounds, if they dominate the layer.
+
+        A ring's are one round: whole, they would leave its head groups nothing to hide.
+        """
+        if candidate.strategy != "torus" or _is_ring(candidate):
             return candidate
         even = even_shape(self.shape, candidate.mesh)
         whole = transfers_dominate(candidate, even, self.cluster, self.transport)
         return replace(candidate, whole_rounds=whole)
+
+    def is_slow_ring(self, candidate: Candidate) -> bool:
+        """A ring between machines whose links take longer than attention.
+
+        Nothing of it awaits attention to be sent.
+        """
+        if not _is_ring(candidate):
+            return False
+        even = even_shape(self.shape, candidate.mesh)
+        return transfers_over_attention(candidate, even, self.cluster, self.transport) >= 1
+
+    def is_simplest(self, candidate: Candidate) -> bool:
+        """Whether others must win clearly, so that a tie is reason enough to simulate it."""
+        return candidate.schedule == "fused" or self.is_slow_ring(candidate)
 
     def predict(self, candidate: Candidate) -> tuple[Prediction, int]:
         """What a candidate takes, and how many operations that was to simulate."""
@@ -168,7 +186,7 @@ def _answer(question: Question) -> Choice:
     predicted: list[Outcome] = []
     best_us, num_ops = float("inf"), 0
     for bound_us, candidate in _by_promise(question, candidates):
-        margin = SIMULATED_WITHIN if _is_slow_ring(candidate) else -WORTHWHILE
+        margin = SIMULATED_WITHIN if question.is_simplest(candidate) else -WORTHWHILE
         if question.effort is not None and bound_us > best_us * (1 + margin):
             reason = f"takes {bound_us / 1e3:.3f} ms at least"
             lost.append(Outcome(candidate, None, reason))
@@ -186,39 +204,44 @@ def _answer(question: Question) -> Choice:
     if not predicted:
         reasons = "; ".join(f"{outcome.candidate}: {outcome.reason}" for outcome in lost)
         raise ValueError(f"no mesh and schedule fit: {reasons or 'there are none'}")
-    best, *others = _simplest_first(ranked(predicted, question.paper_mesh))
+    best, *others = _simplest_first(question, ranked(predicted, question.paper_mesh))
     assert best.prediction is not None
     told = [replace(outcome, reason=slower(outcome, best.prediction)) for outcome in others]
     return Choice(question.policy, best.candidate, best.prediction, (*told, *lost))
 
 
-def _simplest_first(outcomes: list[Outcome]) -> list[Outcome]:
+def _simplest_first(question: Question, outcomes: list[Outcome]) -> list[Outcome]:
     """What has the least that the simulator may not know of: others must win clearly.
+
+    Of slow rings the one of the most head groups: over TCP they hid more than is simulated.
 
     Args:
         outcomes: predicted ones, best first.
     """
-    fastest = outcomes[0].prediction
-    assert fastest is not None
-    for outcome in outcomes:
-        assert outcome.prediction is not None
-        is_close = outcome.prediction.layer_us <= (1 + SIMULATED_WITHIN) * fastest.layer_us
-        if is_close and _is_simplest(outcome.candidate):
-            return [outcome, *(other for other in outcomes if other is not outcome)]
-    return outcomes
+
+    def close_to(best: Outcome, margin: float, outcomes: list[Outcome]) -> list[Outcome]:
+        most_us = (1 + margin) * _layer_us(best)
+        return [outcome for outcome in outcomes if _layer_us(outcome) <= most_us]
+
+    simplest = [o for o in outcomes if question.is_simplest(o.candidate)]
+    simplest = close_to(outcomes[0], SIMULATED_WITHIN, simplest)
+    if not simplest:
+        return outcomes
+    best = simplest[0]
+    if question.is_slow_ring(best.candidate):
+        alike = close_to(best, WORTHWHILE, simplest)
+        best = max(alike, key=lambda outcome: outcome.candidate.groups_per_rank)
+    return [best, *(other for other in outcomes if other is not best)]
 
 
-def _is_simplest(candidate: Candidate) -> bool:
-    return candidate.schedule == "fused" or _is_slow_ring(candidate)
+def _layer_us(outcome: Outcome) -> float:
+    assert outcome.prediction is not None
+    return outcome.prediction.layer_us
 
 
-def _is_slow_ring(candidate: Candidate) -> bool:
-    """A ring alone where transfers dominate: all in one batch, of which nothing awaits attention.
-
-    Its bound is as tight as its prediction is close to others', so a gain is no reason to try it.
-    """
-    is_ring = candidate.mesh.num_head_groups == 1 and candidate.schedule == "torus"
-    return is_ring and candidate.whole_rounds
+def _is_ring(candidate: Candidate) -> bool:
+    """All heads on every rank, keys coming round; not ``fused`` or ``pipelined`` on that mesh."""
+    return candidate.mesh.num_head_groups == 1 and candidate.schedule == "torus"
 
 
 def _candidates(question: Question) -> tuple[list[Candidate], list[Outcome]]:
@@ -245,7 +268,9 @@ def _candidates(question: Question) -> tuple[list[Candidate], list[Outcome]]:
     for strategy in question.strategies:
         good, bad = sort_meshes(strategy, topology, heads, dict(question.degrees))
         for mesh in good:
-            candidates += schedules_on(strategy, mesh, question.shape, schedules=schedules)
+            candidates += schedules_on(
+                strategy, mesh, question.shape, topology.num_machines, schedules=schedules
+            )
         name = schedules[0] if strategy == "torus" else "usp"
         lost += [Outcome(Candidate(strategy, mesh, name), None, reason) for mesh, reason in bad]
     return candidates, lost
@@ -276,7 +301,7 @@ def _by_promise(question: Question, candidates: list[Candidate]) -> list[tuple[f
         candidate = candidates[entry[1]]
         if (candidate.mesh, candidate.schedule) == rule:
             return 0
-        return 1 if _is_simplest(candidate) else 2
+        return 1 if question.is_simplest(candidate) else 2
 
     ordered.sort(key=place)
     return [(bound_us, candidates[index]) for _, index, bound_us in ordered]

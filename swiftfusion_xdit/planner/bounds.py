@@ -13,7 +13,8 @@ from swiftfusion_xdit.simulate.hardware import BYTES_PER_US, Cluster
 from swiftfusion_xdit.simulate.sizes import BlockSizes, LayerShape
 from swiftfusion_xdit.simulate.transport import Transport
 
-DOMINANT = 3.0  # transfers over attention from which on overlap is worth less than few batches
+# Transfers over attention from which on overlap is worth less than few batches.
+DOMINANT = 3.0
 
 
 def even_shape(shape: LayerShape, mesh: Mesh) -> LayerShape:
@@ -79,24 +80,33 @@ def lower_bound_us(
     return max(everything_us, first_us, last_us)
 
 
-def transfers_dominate(
+def transfers_over_attention(
     candidate: Candidate, shape: LayerShape, cluster: Cluster, transport: Transport
-) -> bool:
-    """Whether the machines' links are so slow that attention can hide little of a layer's bytes.
+) -> float:
+    """How many times the attention's time a layer's bytes take between machines.
 
-    Decided by rates that all ranks have agreed on, so all decide alike. Where a put is a send that
-    its receiver joins, such a layer is taken to be better off with few batches than with overlap:
-    four hosts over TCP had attention for a tenth of the transfers' time. The two were not compared
-    in one run.
+    Of a transport whose puts are sends that their receivers join, which is what the answer is for;
+    0 of any other, and on one machine. From rates that all ranks have agreed on.
 
     Args:
         shape: even, see ``even_shape``.
     """
     if not transport.two_sided or cluster.num_machines == 1:
-        return False
+        return 0.0
     ways = _ways(candidate.mesh, cluster, transport)
     transfers_us = max((way.time_us("qkvo", shape, candidate.mesh) for way in ways), default=0.0)
-    return transfers_us >= DOMINANT * _attention_us(candidate, shape, cluster, overlap=False)
+    return transfers_us / _attention_us(candidate, shape, cluster, overlap=False)
+
+
+def transfers_dominate(
+    candidate: Candidate, shape: LayerShape, cluster: Cluster, transport: Transport
+) -> bool:
+    """Whether attention can hide so little of a layer's bytes that they go in whole rounds.
+
+    Such a layer is taken to be better off with few batches than with overlap: four hosts over TCP
+    had attention for a tenth of the transfers' time. The two were not compared in one run.
+    """
+    return transfers_over_attention(candidate, shape, cluster, transport) >= DOMINANT
 
 
 def num_messages(candidate: Candidate) -> int:

@@ -17,6 +17,7 @@ SCHEDULES = ("torus", "folded", "pipelined")
 KNOWN_SCHEDULES = (*SCHEDULES, "fused")
 FUSED_GPUS = ("h100", "h200")  # whose attention kernel can wait for its peers
 PIPELINED_GROUPS = (1, 2, 3, 4, 6)
+RING_GROUPS = (1, 4)  # of `torus` on a ring between machines, whose links may be slow
 EDGED_GROUPS = (3, 4)  # with few heads in the first and the last
 EDGE_HEADS = (1, 2, 3)
 
@@ -145,7 +146,7 @@ def _unwise(strategy: str, mesh: Mesh, num_machines: int, degrees: Mapping[str, 
 
 
 def schedules_on(
-    strategy: str, mesh: Mesh, shape: LayerShape, *, schedules: tuple[str, ...]
+    strategy: str, mesh: Mesh, shape: LayerShape, num_machines: int, *, schedules: tuple[str, ...]
 ) -> Iterator[Candidate]:
     """The schedules of a strategy on a mesh."""
     if strategy != "torus":
@@ -160,7 +161,10 @@ def schedules_on(
                 yield Candidate(strategy, mesh, name, groups)
             continue
         if name != "pipelined":
-            yield Candidate(strategy, mesh, name)
+            is_grouped = name == "torus" and mesh.num_head_groups == 1 < num_machines
+            for groups in RING_GROUPS if is_grouped else (1,):
+                if groups <= shape.num_kv_heads:
+                    yield Candidate(strategy, mesh, name, groups)
             continue
         heads = shape.num_heads // mesh.num_head_groups
         for groups in PIPELINED_GROUPS:
