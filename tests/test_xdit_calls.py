@@ -64,8 +64,10 @@ def test_one_rank_takes_the_same_path(rank_pool: Callable[[int], RankPool]) -> N
     assert rank_pool(1).run(one_rank)[0] <= TOLERANCE
 
 
-def compiled(rank: int, world_size: int) -> tuple[float, int]:
+def compiled(rank: int, world_size: int) -> tuple[float, int, list[bool]]:
+    """The error, the graph breaks, and whether our operator ran eager and compiled."""
     import torch
+    from torch.profiler import ProfilerActivity, profile
 
     usp = xdit_calls.usp_module()
 
@@ -85,14 +87,24 @@ def compiled(rank: int, world_size: int) -> tuple[float, int]:
         xdit_calls.start()
         q, k, v = (xdit_cases.noise(2, 6, 8, 16, seed=10 * rank + i) for i in range(3))
         joint = xdit_cases.noise(2, 6, 5, 16, seed=7)
-        expected = layer(q, k, v, joint)
+        took_operator = []
+
+        def watched(layer: Callable[..., Any]) -> Any:
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                out = layer(q, k, v, joint)
+            names = [event.name for event in seen.events()]
+            took_operator.append("swiftfusion::attention" in names)
+            return out
+
+        expected = watched(layer)
         graph_breaks = torch._dynamo.explain(layer)(q, k, v, joint).graph_break_count
-        out = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v, joint)
+        out = watched(torch.compile(layer, fullgraph=True, backend="aot_eager"))
         torch._dynamo.reset()
-    return xdit_cases.relative_difference(out, expected), graph_breaks
+    return xdit_cases.relative_difference(out, expected), graph_breaks, took_operator
 
 
 def test_compiles_without_a_graph_break(rank_pool: Callable[[int], RankPool]) -> None:
-    for error, graph_breaks in rank_pool(4).run(compiled, timeout_s=180):
+    for error, graph_breaks, took_operator in rank_pool(4).run(compiled, timeout_s=180):
         assert graph_breaks == 0
         assert error <= TOLERANCE
+        assert took_operator == [False, True], "the operator costs the host and is for graphs only"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from swiftfusion_xdit.xdit import compat
-from swiftfusion_xdit.xdit.attend import attend_opaque, attention_op
+from swiftfusion_xdit.xdit.attend import attend, attend_opaque, attention_op
 from swiftfusion_xdit.xdit.key_rows import KeyRows, share, valid_rows
 from swiftfusion_xdit.xdit.patches import Patches
 from swiftfusion_xdit.xdit.session import OPAQUE, Session
@@ -124,7 +124,10 @@ def dispatch(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Ten
     if kernel.startswith(OPAQUE):
         return attend_opaque(session, query, key, value, kernel, kwargs, lengths)
     mask, indices = kwargs.get("attn_mask"), kwargs.get("indices_k")
-    return attention_op(query, key, value, kernel, lengths, mask, indices)
+    if torch.compiler.is_compiling():
+        return attention_op(query, key, value, kernel, lengths, mask, indices)
+    # An operator's way through torch takes the host longer than much of the layer does.
+    return attend(session, query, key, value, kernel, lengths, mask=mask, indices=indices)
 
 
 def _keys_that_count(
