@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from swiftfusion_xdit import detect
 from swiftfusion_xdit.agreement import Agreement
+from swiftfusion_xdit.comm import Communicator
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.plan import AttentionShape
 from swiftfusion_xdit.planner import Choice
 from swiftfusion_xdit.planner import plan as plan_layer
 from swiftfusion_xdit.planner.candidates import KNOWN_SCHEDULES, SCHEDULES, Candidate
 from swiftfusion_xdit.planner.memory import layer_shape
-from swiftfusion_xdit.simulate.transport import nccl, one_sided
-from swiftfusion_xdit.topology import Topology
+from swiftfusion_xdit.simulate.transport import CONSTANTS, Transport, nccl, one_sided
 
 NEAR = 1.25  # of the best prediction: what timing may find to be the best
 MOST_NEAR = 3
@@ -32,17 +34,30 @@ def near(choice: Choice) -> list[Candidate]:
     return list(found.values())[:MOST_NEAR]
 
 
+def transport_of(comm: Communicator, *, is_measured: bool) -> Transport:
+    """What the simulator takes a transport for.
+
+    Args:
+        is_measured: whether the way across machines is what this very transport was seen to get.
+    """
+    if not comm.two_sided:
+        return one_sided()
+    return nccl(replace(CONSTANTS, nccl_fraction=1.0) if is_measured else CONSTANTS)
+
+
 class AutoPlanner:
     """Chooses mesh and schedule by predicted time, on all ranks of a group alike."""
 
-    def __init__(self, agreement: Agreement, topology: Topology, device: torch.device) -> None:
+    def __init__(self, agreement: Agreement, comm: Communicator, device: torch.device) -> None:
         """Collective: measures this rank's machine and gathers what all ranks found."""
         self._agreement = agreement
-        mine = detect.probe(device, machine_set=agreement.hosts()).words()
-        everyone = agreement.gather("what ranks see of their machines", mine)
-        self.cluster = detect.describe(
-            [detect.Probe.from_words(words) for words in everyone], topology
-        )
+        mine = detect.probe(device, machine_set=agreement.hosts())
+        across_gb_per_s = comm.measure_across() or 0.0
+        mine = replace(mine, across_mb_per_s=round(across_gb_per_s * 1e3))
+        everyone = agreement.gather("what ranks see of their machines", mine.words())
+        probes = [detect.Probe.from_words(words) for words in everyone]
+        self.cluster = detect.describe(probes, comm.topology)
+        self.transport = transport_of(comm, is_measured=all(p.across_mb_per_s for p in probes))
 
     def choose(
         self,
@@ -52,7 +67,6 @@ class AutoPlanner:
         schedule: str,
         has_lse: bool,
         can_fuse: bool,
-        two_sided: bool,
     ) -> Choice:
         """Collective: the fastest way for a shape.
 
@@ -61,7 +75,6 @@ class AutoPlanner:
             schedule: a forced schedule, or ``auto``.
             has_lse: whether the attention kernel returns a log-sum-exp.
             can_fuse: whether it can wait for its keys itself.
-            two_sided: whether the transport needs its receivers.
 
         Raises:
             ValueError: nothing fits, or ranks decide differently.
@@ -74,7 +87,7 @@ class AutoPlanner:
             if schedule == "auto"
             else (schedule,),
             has_lse=has_lse,
-            transport=nccl() if two_sided else one_sided(),
+            transport=self.transport,
         )
         self._agreement.require_equal("planned mesh and schedule", str(choice.candidate))
         return choice

@@ -50,7 +50,8 @@ class Probe:
 
     ``gpu`` is an index into the known GPUs, -1 for an unknown one, -2 for a processor. ``inside``
     is the way to another GPU of the machine; 0 where none is visible. ``nvlinks`` is the least
-    number of NVLinks between two GPUs of the machine.
+    number of NVLinks between two GPUs of the machine. ``across`` is what the job's transport gets
+    to another machine while all ranks send; 0 where it was not measured.
     """
 
     gpu: int
@@ -64,6 +65,7 @@ class Probe:
     num_cards: int = 0
     network_mbit: int = 0
     is_rdma: int = 0
+    across_mb_per_s: int = 0
 
     def words(self) -> tuple[int, ...]:
         return dataclasses.astuple(self)
@@ -259,14 +261,19 @@ def _inside(least: Probe, gpu: Gpu) -> Link:
 
 
 def _across(least: Probe, gpus_per_machine: int) -> tuple[Link, float | None]:
+    """A machine's path, and what a GPU alone can get of it: as measured, else by its cards."""
+    latency_us = RDMA_US if least.is_rdma else TCP_US
+    if least.across_mb_per_s:
+        per_gpu = least.across_mb_per_s / 1e3
+        return Link(per_gpu * gpus_per_machine, latency_us), None
     mbit = least.network_mbit or UNKNOWN_MBIT
     reached = NETWORK_REACHED if least.is_rdma else TCP_REACHED
     whole = mbit / 1e3 * GBIT * reached
     if not least.is_rdma or least.num_cards < 2:
-        return Link(whole, RDMA_US if least.is_rdma else TCP_US), None
+        return Link(whole, latency_us), None
     # A GPU uses the cards next to it: its share of them, or the one that it shares.
     cards_per_gpu = max(1, least.num_cards // gpus_per_machine)
-    return Link(whole, RDMA_US), whole * cards_per_gpu / least.num_cards
+    return Link(whole, latency_us), whole * cards_per_gpu / least.num_cards
 
 
 def _peer_of(index: int) -> torch.device | None:

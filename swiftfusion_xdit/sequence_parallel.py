@@ -316,14 +316,13 @@ class SequenceParallel:
             from swiftfusion_xdit.autoplan import AutoPlanner, near
 
             if self._planner is None:
-                self._planner = AutoPlanner(self._agreement, self.topology, self.device)
+                self._planner = AutoPlanner(self._agreement, self._comm, self.device)
             choice = self._planner.choose(
                 shape,
                 mesh=mesh,
                 schedule=schedule,
                 has_lse=self.backend.has_lse,
                 can_fuse=can_fuse,
-                two_sided=self._comm.two_sided,
             )
             self._predicted_us[shape] = choice.prediction.layer_us, choice.prediction.floor_us
             if self._comm.rank == 0:

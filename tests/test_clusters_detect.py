@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from swiftfusion_xdit import detect
+from swiftfusion_xdit.autoplan import transport_of
 from swiftfusion_xdit.clusters import GPUS
+from swiftfusion_xdit.comm import Communicator
 from swiftfusion_xdit.detect import Probe, describe, gpu_index, least_nvlinks, network_cards
 from swiftfusion_xdit.planner import plan
 from swiftfusion_xdit.simulate.sizes import LayerShape
+from swiftfusion_xdit.simulate.transport import nccl, one_sided
 from swiftfusion_xdit.topology import Topology
 
 H200 = Probe(
@@ -49,6 +53,32 @@ def test_a_gpu_gets_the_cards_beside_it() -> None:
     shared = describe([fewer] * 16, Topology.split(16, 2))
     assert shared.across is not None and shared.across_gb_per_s_per_gpu is not None
     assert shared.across.gb_per_s == pytest.approx(4 * shared.across_gb_per_s_per_gpu)
+
+
+def test_what_the_transport_gets_to_another_machine_counts_for_more_than_its_cards() -> None:
+    measured = dataclasses.replace(H200, across_mb_per_s=3_000)
+    slower = dataclasses.replace(H200, across_mb_per_s=2_500)
+    cluster = describe([measured, slower] * 4, Topology.split(8, 2))
+    assert cluster.across is not None and cluster.across_gb_per_s_per_gpu is None
+    assert cluster.across.gb_per_s == 4 * 2.5
+    one_blind = describe([measured, H200] * 4, Topology.split(8, 2))
+    assert one_blind.across == describe([H200] * 8, Topology.split(8, 2)).across
+
+
+def test_a_measured_way_is_simulated_as_it_was_measured() -> None:
+    class TwoSided(Communicator):
+        two_sided = True
+
+    class OneSided(Communicator):
+        two_sided = False
+
+    def rate(comm: type[Communicator], *, is_measured: bool) -> float:
+        found = transport_of(cast("Communicator", comm), is_measured=is_measured)
+        return found.across.fraction
+
+    assert rate(TwoSided, is_measured=True) == 1.0
+    assert rate(TwoSided, is_measured=False) == nccl().across.fraction < 1
+    assert rate(OneSided, is_measured=False) == one_sided().across.fraction
 
 
 def test_unknown_gpus_and_networks_are_described_by_what_was_measured() -> None:

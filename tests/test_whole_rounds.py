@@ -128,6 +128,7 @@ def choose(rank: int, size: int, gb_per_s: float) -> tuple[str, str, int, bool]:
     with SequenceParallel(machines=size) as sp:
         planner = object.__new__(AutoPlanner)
         planner._agreement, planner.cluster = sp._agreement, hosts(size, gb_per_s)
+        planner.transport = nccl()
         sp._planner, sp.device = planner, torch.device("cuda")
         sp._comm.two_sided = True
         sp._num_units = lambda: 132  # type: ignore[method-assign]

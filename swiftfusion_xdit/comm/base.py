@@ -225,6 +225,13 @@ class Communicator(ABC):
     def end_layer(self, buffer: SymmetricBuffer) -> None:  # noqa: B027, a hook
         """Say that the layer ends: the current stream is behind all that the layer has done."""
 
+    def measure_across(self) -> float | None:
+        """Collective: the GB/s that this rank gets to the next machine while all ranks send.
+
+        None where the transport does not measure it, and on one machine.
+        """
+        return None
+
     @abstractmethod
     def post(self, words: tuple[int, int]) -> None:
         """Publish two int64 words on this rank's board, in place of the two before. One thread.

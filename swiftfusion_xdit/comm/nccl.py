@@ -5,9 +5,9 @@ beforehand (``bind``) and enter them in one agreed order of batches, on a side s
 one group of NCCL sends and receives, entered once all of this rank's puts in it have been called.
 The order is such that no rank waits in a circle (``schedule/rounds.py``).
 
-What two ranks on two machines send each other goes as one all-gather a batch instead. Between two
-hosts over TCP xDiT's ring, which gathers, moved as many bytes in two thirds of the time of our
-sends and receives (benchmarks/results/tcp_2_hosts_2_gpus.json); our all-gathers are not measured.
+What two ranks on two machines send each other goes as one all-gather a batch instead, which NCCL
+carries faster over TCP: FLUX 3072's keys and values took 71 ms between two hosts
+(benchmarks/results/tcp_2_hosts_2_gpus.json), and 119 by sends and receives in another run.
 
 Flags do not exist here. FULL is the end of the receive, which the waiting stream is put behind.
 FREE needs no message: the receiver itself begins the receive, after its own earlier layers.
@@ -35,6 +35,8 @@ from swiftfusion_xdit.topology import Link, Topology
 logger = logging.getLogger(__name__)
 
 HIGH_PRIORITY = -1  # of a stream
+MEASURED_BYTES = 32 * 2**20
+MEASURED_TURNS = 3
 TORCH_TIMEOUT_S = 600.0  # of its NCCL groups
 NO_GROUP = "nccl: no group of its own could be made; transfers may wait until attention ends"
 
@@ -165,6 +167,30 @@ class NcclCommunicator(StreamCommunicator):
         # Connects now: a first use inside a graph capture would be too late.
         dist.all_reduce(torch.zeros(1, device=self.device), group=self._nccl)
         torch.cuda.synchronize(self.device)
+
+    def measure_across(self) -> float | None:
+        topology = self.topology
+        if topology.num_machines == 1 or not topology.is_even:
+            return None
+        step = self.size // topology.num_machines  # to the counterpart on the next machine
+        onward, back = (self.rank + step) % self.size, (self.rank - step) % self.size
+        out = torch.zeros(MEASURED_BYTES, dtype=torch.uint8, device=self.device)
+        into = torch.empty_like(out)
+        events = []
+        for _ in range(1 + MEASURED_TURNS):  # the first one connects
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            if self._is_pair:
+                exchange(self._nccl, [out], [into])
+            else:
+                self._send_and_receive([(onward, out)], [(back, into)])
+            end.record()
+            events.append((begin, end))
+        self.layer_context = "measuring the way to the next machine"
+        with self.heartbeat.watched():
+            torch.cuda.synchronize(self.device)
+        fastest_ms = min(begin.elapsed_time(end) for begin, end in events[1:])
+        return MEASURED_BYTES / fastest_ms / 1e6
 
     def allocate(self, num_bytes: int, *, num_flags: int) -> StreamBuffer:
         self._check_open()

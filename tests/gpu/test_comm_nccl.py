@@ -35,6 +35,21 @@ def test_a_captured_exchange_replays_exactly(machines: int) -> None:
     run_on_gpus(2, replays, make, 200, machines)
 
 
+def measure(rank: int, size: int) -> tuple[float | None, float | None]:
+    found = []
+    for machines in (1, 2):
+        with make(dist.group.WORLD, Topology.split(size, machines)) as comm:
+            found.append(comm.measure_across())
+            dist.barrier()
+    return found[0], found[1]
+
+
+def test_the_way_to_the_next_machine_is_measured() -> None:
+    for alone, between_two in run_on_gpus(2, measure):
+        assert alone is None
+        assert between_two is not None and 0.01 < between_two < 2000
+
+
 def refuse(rank: int, size: int) -> None:
     with make(dist.group.WORLD, Topology.split(size, 1)) as comm:
         exchange = Exchange(comm, contiguous=False)
