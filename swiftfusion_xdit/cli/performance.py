@@ -373,11 +373,9 @@ _TRACE_LABELS = {
     "usp": "xDiT's best, {mode}",
     "torus": "torus/{schedule}, {mode}",
 }
-# ``flux_step`` is what model_step was called while it knew one model.
 _SECTIONS = {
     "layer": layer_section,
     "model_step": step_section,
-    "flux_step": step_section,
     "layer_trace": trace_section,
     "peer_layer": peer_section,
 }
