@@ -5,7 +5,8 @@
 
 All in one run, in turn, on one model with random weights under xDiT's own wrapper: xDiT's USP at
 every pair of degrees, ours (what ``--sp-strategy torus`` does), and the ceiling, a step without any
-communication in its attention. ``--compile`` adds the same steps compiled by xDiT's own runner.
+communication in its attention. ``--compile`` adds the same steps compiled by xDiT's own runner, and
+``--ranks 1`` runs xDiT's on one GPU, against which `swiftfusion bench report` scales the others.
 Models and their sizes are in step_models/.
 """
 
@@ -228,7 +229,7 @@ def main() -> None:
     words("--only", default=(), help="strategies by their names in the table")
     words("--schedules", default=("auto",), help="of auto,torus,folded,pipelined,fused (auto)")
     add("--layer-graphs", action="store_true", help="torus with SWIFTFUSION_LAYER_GRAPHS=0 and 1")
-    add("--ranks", type=int, default=2, help="one GPU each (2)")
+    add("--ranks", type=int, default=2, help="one GPU each (2); of 1, xDiT's steps alone")
     add(
         "--compile",
         nargs="?",

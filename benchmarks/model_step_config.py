@@ -75,8 +75,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         heads = self.config["num_attention_heads"]
-        if self.ranks < 2 or heads % self.ranks:
-            raise ValueError(f"--ranks must be above 1 and divide {heads} heads, got {self.ranks}")
+        if self.ranks < 1 or heads % self.ranks:
+            raise ValueError(
+                f"--ranks must be at least 1 and divide {heads} heads, got {self.ranks}"
+            )
         for size in self.sizes:
             latents = self.latents(size)
             if latents.image_tokens % self.ranks or latents.text % self.ranks:
@@ -122,6 +124,8 @@ class Settings:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
     def _all_cases(self) -> list[Case]:
+        if self.ranks == 1:  # xDiT's own, which others are scaled against
+            return [Case("stock", backend, 1) for backend in self.backends]
         cases = []
         for backend in self.backends:
             cases += [

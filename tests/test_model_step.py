@@ -50,13 +50,22 @@ def test_every_model_runs_the_same_step_every_way(name: str, tmp_path: Path) -> 
         (("--model", "cogvideox", "--compile"), "xDiT has no runner for CogVideoX-5B"),
         (("--only", "torus CUDNN,torus SAGE"), "no communication FLASH_4; got torus SAGE"),
         (("--seconds", "0"), "--seconds above 0, got 5, 2 and 0.0"),
-        (("--ranks", "5"), "--ranks must be above 1 and divide 24 heads, got 5"),
+        (("--ranks", "5"), "--ranks must be at least 1 and divide 24 heads, got 5"),
+        (("--ranks", "0"), "--ranks must be at least 1 and divide 24 heads, got 0"),
         (("--sizes", "1040", "--ranks", "8"), "1040 has 4225 of the image and 512 of the text"),
     ],
 )
 def test_refusals_name_the_argument(words: tuple[str, ...], says: str) -> None:
     done = run(*words, "--device", "cuda")
     assert done.returncode == 2 and says in " ".join(done.stderr.split())
+
+
+def test_one_rank_is_what_several_are_scaled_against(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    done = run("--tiny", "--ranks", "1", "--sizes", "128", "--rounds", "1", "--json", str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = [result["name"] for result in results(path) if result["ms"]]
+    assert names == ["xDiT u1 r1 SDPA_FLASH", "xDiT u1 r1 SDPA"]
 
 
 def test_torus_with_layer_graphs_is_a_strategy_of_its_own(tmp_path: Path) -> None:

@@ -97,6 +97,68 @@ def test_other_projects_show_their_fastest_exact_mode_beside_ours(tmp_path: Path
     assert [row[-1] for row in section.rows] == ["", ""]
 
 
+def step_report(ranks: int, rows: list[tuple[str, str, bool, float]]) -> dict[str, Any]:
+    """Steps at one size: (kind, name, compiled, ms); the first is the best of xDiT's."""
+    results = [
+        {
+            "kind": kind,
+            "name": name,
+            "compiled": compiled,
+            "ms": quartiles(ms),
+            "best_stock_over": quartiles(rows[0][3] / ms),
+            "peak_gib": 3.0,
+        }
+        for kind, name, compiled, ms in rows
+    ]
+    report = layer_report() | {
+        "benchmark": "model_step",
+        "model": {"title": "Model"},
+        "sizes": [{"size": "1024", "results": results}],
+        "method": {"best stock /": "The best."},
+    }
+    report["settings"] = {"device": "cuda", "ranks": ranks}
+    return report
+
+
+def test_models_show_what_all_steps_gain_and_what_is_left(tmp_path: Path) -> None:
+    rows = [
+        ("stock", "xDiT u2", False, 12.0),
+        ("ours", "torus a", False, 11.0),
+        ("ours", "torus b", False, 10.0),
+        ("ceiling", "none", False, 8.0),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(step_report(2, rows)))
+    (tmp_path / "b.json").write_text(json.dumps(step_report(2, rows[:2])))
+    models, a, b = performance.read(tmp_path)
+    assert models.rows == (
+        ("Model", "1024", "2 x GPU", "12.0", "10.0", "1.20", "1.50", "80.0"),
+        ("Model", "1024", "2 x GPU", "12.0", "11.0", "1.09", "", ""),
+    )
+    assert len(models.heading) == len(models.rows[0])
+    assert models.text.startswith("Mean speedup of the 2 rows: 1.15.")
+    groups = [bar.group.splitlines()[-1] for bar in models.bars]
+    assert groups == ["2 GPUs", "2 GPUs", "b"], "runs of the same step have bars of their own"
+    assert (a.name, b.name) == ("a", "b")
+
+
+def test_scaling_is_over_the_same_step_on_one_gpu(tmp_path: Path) -> None:
+    one = step_report(1, [("stock", "slow", False, 30.0), ("stock", "fast", False, 20.0)])
+    two = [("stock", "xDiT", False, 12.5), ("ours", "torus", False, 12.0)]
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    (tmp_path / "two.json").write_text(json.dumps(step_report(2, two)))
+    other = step_report(2, two) | {"model": {"title": "Other"}}  # has not run on one
+    (tmp_path / "two_other.json").write_text(json.dumps(other))
+    sections = {section.name: section for section in performance.read(tmp_path)}
+    assert sections["scaling"].rows == (
+        ("Model 1024", "1 x GPU", "xDiT", "20.0", "1.00", "100"),
+        ("Model 1024", "2 x GPU", "xDiT's best", "12.5", "1.60", "80"),
+        ("Model 1024", "2 x GPU", "torus", "12.0", "1.67", "83"),
+    )
+    assert [bar.label for bar in sections["scaling"].bars] == ["xDiT's best", "torus"]
+    (tmp_path / "one.json").unlink()
+    assert "scaling" not in {section.name for section in performance.read(tmp_path)}
+
+
 def test_machines_played_on_one_are_predicted_with_its_own_links(tmp_path: Path) -> None:
     report = layer_report()
     size = {"name": "flux3072", "batch": 1, "rows": 37376, "heads": 24, "head_dim": 128}
