@@ -4,30 +4,26 @@
 
 All backends that are installed, in turn in one run, on the shapes that one of `--ranks` ranks
 attends (its share of the heads, the whole sequence). Every result is checked against attention in
-fp64 before it is timed. Needs no package but torch and the kernels.
+fp64 before it is timed. Needs no xDiT.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.common import environment, provenance
 from swiftfusion_xdit.attention import Backend, attend, select_backend
 from swiftfusion_xdit.attention.reference import reference_attention, relative_error
+from swiftfusion_xdit.cli.bench_report import write_json
 
 METHOD = {
     "ms": "Time between two CUDA events around one call, both in the queue before the GPU gets to "
@@ -40,7 +36,6 @@ METHOD = {
     "lse_error": "The largest difference of an lse in these rows.",
 }
 BACKENDS = ("fa4", "fa3", "cudnn", "fa2", "sdpa_flash")
-PACKAGES = ("torch", "flash-attn-4", "nvidia-cutlass-dsl", "flash-attn-3", "flash-attn")
 # Name: rows, heads, head dim.
 SHAPES = {
     "flux1024": (4608, 24, 128),
@@ -88,10 +83,9 @@ def main() -> None:
     for reason in absent.values():
         print(f"not measured: {reason}")
     if args.json is not None:
-        report = {**environment(device), "method": METHOD, "options": vars(args) | {"json": None}}
-        report |= {"not_measured": absent, "results": results}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = {**provenance("attention_kernels", __doc__), **environment(), "method": METHOD}
+        report |= {"options": vars(args) | {"json": None}, "not_measured": absent}
+        write_json(args.json, report | {"results": results})
 
 
 def parse_args() -> argparse.Namespace:
@@ -244,32 +238,6 @@ def print_table(
             f"{r['graph_ms'][1]:8.3f} {r['tflops']:7.0f} {r['host_us']:7.0f} "
             f"{r['error']:8.1e} {r['lse_error']:8.1e}"
         )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.attention_kernels", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {
-            "gpu": properties.name,
-            "gpus": torch.cuda.device_count(),
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            **{name: installed_version(name) for name in PACKAGES},
-        },
-    }
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

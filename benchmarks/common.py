@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import psutil
+
+from swiftfusion_xdit.cli import machine
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -25,31 +23,28 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def environment(module: str) -> dict[str, Any]:
-    """The command, the date, the hardware and the versions of a run of ``module``."""
+def provenance(
+    name: str, doc: str | None, arguments: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What a file of results begins with.
+
+    Args:
+        name: of the benchmark, a module here.
+        doc: the module's, whose first line is the question.
+        arguments: of the command; by default those of this process.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "benchmark": name,
+        "question": (doc or "").splitlines()[0],
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {
-            "cpu": _cpu_model(),
-            "machine": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "linux": platform.release(),
-            **{name: version(name) for name in ("torch", "xfuser", "swiftfusion-xdit")},
-        },
     }
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or "unknown"
+def environment() -> dict[str, Any]:
+    """The hardware and the versions of a run, as this process sees them: it opens the GPUs."""
+    return {"hardware": machine.hardware(), "versions": machine.versions()}
 
 
 class HostLoad:
@@ -75,8 +70,3 @@ class HostLoad:
             "other_cores": round(max(0.0, busy_s - own_cpu_s) / seconds, 2),
             "stolen_cores": round(spent["steal"] / seconds, 2),
         }
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

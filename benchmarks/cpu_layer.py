@@ -19,9 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import environment, quartiles, write_json
+from benchmarks.common import environment, provenance, quartiles
 from benchmarks.cpu_layer_ranks import MAX_ERROR, Case, Settings, measure
 from benchmarks.overhead import SMALL_ROWS
+from swiftfusion_xdit.cli.bench_report import write_json
 from tests.distributed import RankPool
 
 METHOD = {
@@ -109,9 +110,8 @@ def _report(settings: Settings, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         result["of_floor"] = _ratio(result, floor)
     loads = [ranks[0]["rounds"][idx]["load"] for idx in quiet]
     return {
-        "benchmark": "cpu_layer",
-        "question": (__doc__ or "").splitlines()[0],
-        **environment("benchmarks.cpu_layer"),
+        **provenance("cpu_layer", __doc__),
+        **environment(),
         "load": {
             "rounds": len(ranks[0]["rounds"]),
             "quiet_rounds": len(quiet),

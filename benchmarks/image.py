@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import image_checkpoint
+from benchmarks.common import environment, provenance
 from benchmarks.image_config import BACKENDS, LAUNCH_S, ROOTS, ROUNDS, SIZES, STEPS, Case, Settings
 from benchmarks.image_launch import Launched, run_case
 from benchmarks.image_report import MAX_DIFFERENCE, METHOD, results_of, show
-from swiftfusion_xdit.cli import machine
 from swiftfusion_xdit.cli.bench_report import write_json
 
 SPARE = 1.2  # of the longest launch so far: what must be left for another one
@@ -43,12 +41,8 @@ class Image:
         self._start_s = time.monotonic()
         self._longest_s = 0.0
         self.report = {
-            "benchmark": "image",
-            "question": (__doc__ or "").splitlines()[0],
-            "command": shlex.join(["python", "-m", "benchmarks.image", *sys.argv[1:]]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "hardware": machine.hardware(),
-            "versions": machine.versions(),
+            **provenance("image", __doc__),
+            **environment(),
             "settings": settings.as_dict(),
             "weights": None,
             "method": METHOD,

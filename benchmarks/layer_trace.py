@@ -16,17 +16,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import provenance
 from benchmarks.layer_trace_ranks import MARKERS, WARM_LAYERS, TraceConfig
 from benchmarks.trace_events import (
     LANES,
@@ -253,10 +252,7 @@ def run(config: TraceConfig, output: Path, arguments: list[str]) -> dict[str, An
     output.mkdir(parents=True, exist_ok=True)
     tables, start_s = tables_console(), time.monotonic()
     report: dict[str, Any] = {
-        "benchmark": NAME,
-        "question": (__doc__ or "").splitlines()[0],
-        "command": shlex.join(["python", "-m", f"benchmarks.{NAME}", *arguments]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance(NAME, __doc__, arguments),
         "settings": dataclasses.asdict(config),
         "method": METHOD,
         "shapes": [],

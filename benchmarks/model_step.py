@@ -17,12 +17,11 @@ import dataclasses
 import faulthandler
 import functools
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import torch.multiprocessing as multiprocessing
 from rich.table import Table
 
 from benchmarks import step_models
+from benchmarks.common import environment, provenance
 from benchmarks.model_step_config import (
     BACKENDS,
     COMPILE,
@@ -42,7 +42,6 @@ from benchmarks.model_step_config import (
     Settings,
 )
 from benchmarks.model_step_ranks import ModelStep
-from swiftfusion_xdit.cli import machine
 from swiftfusion_xdit.cli.bench_parts import Ranks
 from swiftfusion_xdit.cli.bench_report import tables_console, write_json
 
@@ -156,12 +155,8 @@ def _end_with_parent() -> None:
 
 def report_of(settings: Settings) -> dict[str, Any]:
     return {
-        "benchmark": "model_step",
-        "question": (__doc__ or "").splitlines()[0],
-        "command": shlex.join(["python", "-m", "benchmarks.model_step", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": machine.hardware(),
-        "versions": machine.versions(),
+        **provenance("model_step", __doc__),
+        **environment(),
         "settings": dataclasses.asdict(settings),
         "model": {"title": settings.module.TITLE, **settings.config},
         "method": METHOD,

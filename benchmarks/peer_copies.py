@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import environment, write_json
+from benchmarks.common import environment, provenance
 from swiftfusion_xdit import native
-from swiftfusion_xdit.cli import machine
+from swiftfusion_xdit.cli.bench_report import write_json
 from swiftfusion_xdit.native import ABSOLUTE, Op, Place
 
 SIZES_MIB = (1.0, 2.0, 6.0, 24.0)
@@ -200,12 +200,8 @@ def main() -> None:
         table.add_row(*map(str, result.values()))
     Console(highlight=False, markup=False).print(table)
     if args.json is not None:
-        report = environment("benchmarks.peer_copies") | {
-            "benchmark": "peer_copies",
-            "hardware": machine.hardware(),
-            "versions": machine.versions(),
-        }
-        write_json(args.json, report | {"results": results})
+        report = {**provenance("peer_copies", __doc__), **environment(), "results": results}
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from benchmarks.common import provenance
 from benchmarks.peers import NOT_RUN, PEERS
 from benchmarks.peers.bench import PeerConfig
 from swiftfusion_xdit.cli import bench, bench_report
@@ -66,9 +65,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure, print the tables and write the JSON after each shape."""
     report: dict[str, Any] = {
-        "benchmark": "peer_layer",
-        "command": shlex.join(["python", "-m", "benchmarks.peer_layer", *arguments]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance("peer_layer", __doc__, arguments),
         "settings": dataclasses.asdict(config),
         "method": bench_report.METHOD,
         "peers": {

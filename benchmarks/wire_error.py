@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import environment, write_json
+from benchmarks.common import environment, provenance
 from swiftfusion_xdit import SequenceParallel
 from swiftfusion_xdit.attention.reference import reference_attention, relative_error
+from swiftfusion_xdit.cli.bench_report import write_json
 from swiftfusion_xdit.mesh import Mesh
 from tests.distributed import RankPool
 
@@ -167,9 +168,8 @@ def main() -> None:
     show(rows)
     if path:
         report = {
-            "benchmark": "wire_error",
-            "question": (__doc__ or "").splitlines()[0],
-            **environment("benchmarks.wire_error"),
+            **provenance("wire_error", __doc__),
+            **environment(),
             "settings": {name: asdict(base)[name] for name in arguments},
             "method": METHOD,
             "inputs": {name: kind.__doc__ for name, kind in KINDS.items()},

@@ -26,7 +26,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Section:
-    """What one file says."""
+    """What one part of the page says, of one file or of several."""
 
     name: str
     title: str
