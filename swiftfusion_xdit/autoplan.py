@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,15 +35,30 @@ def near(choice: Choice) -> list[Candidate]:
     return list(found.values())[:MOST_NEAR]
 
 
-def transport_of(comm: Communicator, *, is_measured: bool) -> Transport:
+def with_way_across(
+    probe: detect.Probe, comm: Communicator, hosts: Sequence[Hashable]
+) -> detect.Probe:
+    """``probe`` with what the transport gets to another machine, if that is known. Collective.
+
+    Args:
+        hosts: of the ranks. Machines that one host plays reach each other as it reaches itself.
+    """
+    if (gb_per_s := comm.measure_across()) is not None:
+        return replace(probe, across_mb_per_s=round(gb_per_s * 1e3))
+    if len(set(hosts)) > 1:
+        return probe
+    return replace(probe, across_mb_per_s=probe.inside_mb_per_s, across_ns=probe.inside_ns)
+
+
+def transport_of(comm: Communicator, *, is_known: bool) -> Transport:
     """What the simulator takes a transport for.
 
     Args:
-        is_measured: whether the way across machines is what this very transport was seen to get.
+        is_known: whether the way across machines is what this very transport gets of it.
     """
-    if not comm.two_sided:
-        return one_sided()
-    return nccl(replace(CONSTANTS, nccl_fraction=1.0) if is_measured else CONSTANTS)
+    if comm.two_sided:
+        return nccl(replace(CONSTANTS, nccl_fraction=1.0) if is_known else CONSTANTS)
+    return one_sided(replace(CONSTANTS, one_sided_fraction=1.0) if is_known else CONSTANTS)
 
 
 class AutoPlanner:
@@ -51,13 +67,12 @@ class AutoPlanner:
     def __init__(self, agreement: Agreement, comm: Communicator, device: torch.device) -> None:
         """Collective: measures this rank's machine and gathers what all ranks found."""
         self._agreement = agreement
-        mine = detect.probe(device, machine_set=agreement.hosts())
-        across_gb_per_s = comm.measure_across() or 0.0
-        mine = replace(mine, across_mb_per_s=round(across_gb_per_s * 1e3))
+        hosts = agreement.hosts()
+        mine = with_way_across(detect.probe(device, machine_set=hosts), comm, hosts)
         everyone = agreement.gather("what ranks see of their machines", mine.words())
         probes = [detect.Probe.from_words(words) for words in everyone]
         self.cluster = detect.describe(probes, comm.topology)
-        self.transport = transport_of(comm, is_measured=all(p.across_mb_per_s for p in probes))
+        self.transport = transport_of(comm, is_known=all(p.across_mb_per_s for p in probes))
 
     def choose(
         self,

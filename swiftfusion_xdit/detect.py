@@ -51,7 +51,7 @@ class Probe:
     ``gpu`` is an index into the known GPUs, -1 for an unknown one, -2 for a processor. ``inside``
     is the way to another GPU of the machine; 0 where none is visible. ``nvlinks`` is the least
     number of NVLinks between two GPUs of the machine. ``across`` is what the job's transport gets
-    to another machine while all ranks send; 0 where it was not measured.
+    to another machine while all ranks send; 0 where it is not known.
     """
 
     gpu: int
@@ -66,6 +66,7 @@ class Probe:
     network_mbit: int = 0
     is_rdma: int = 0
     across_mb_per_s: int = 0
+    across_ns: int = 0
 
     def words(self) -> tuple[int, ...]:
         return dataclasses.astuple(self)
@@ -265,7 +266,7 @@ def _across(least: Probe, gpus_per_machine: int) -> tuple[Link, float | None]:
     latency_us = RDMA_US if least.is_rdma else TCP_US
     if least.across_mb_per_s:
         per_gpu = least.across_mb_per_s / 1e3
-        return Link(per_gpu * gpus_per_machine, latency_us), None
+        return Link(per_gpu * gpus_per_machine, least.across_ns / 1e3 or latency_us), None
     mbit = least.network_mbit or UNKNOWN_MBIT
     reached = NETWORK_REACHED if least.is_rdma else TCP_REACHED
     whole = mbit / 1e3 * GBIT * reached

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from swiftfusion_xdit import detect
-from swiftfusion_xdit.autoplan import transport_of
+from swiftfusion_xdit.autoplan import transport_of, with_way_across
 from swiftfusion_xdit.clusters import GPUS
 from swiftfusion_xdit.comm import Communicator
 from swiftfusion_xdit.detect import Probe, describe, gpu_index, least_nvlinks, network_cards
@@ -65,20 +65,39 @@ def test_what_the_transport_gets_to_another_machine_counts_for_more_than_its_car
     assert one_blind.across == describe([H200] * 8, Topology.split(8, 2)).across
 
 
-def test_a_measured_way_is_simulated_as_it_was_measured() -> None:
-    class TwoSided(Communicator):
-        two_sided = True
+class Measured:
+    """A transport that gets so many GB/s to another machine, or does not know."""
 
-    class OneSided(Communicator):
-        two_sided = False
+    def __init__(self, gb_per_s: float | None, *, two_sided: bool = False) -> None:
+        self.gb_per_s, self.two_sided = gb_per_s, two_sided
 
-    def rate(comm: type[Communicator], *, is_measured: bool) -> float:
-        found = transport_of(cast("Communicator", comm), is_measured=is_measured)
-        return found.across.fraction
+    def measure_across(self) -> float | None:
+        return self.gb_per_s
 
-    assert rate(TwoSided, is_measured=True) == 1.0
-    assert rate(TwoSided, is_measured=False) == nccl().across.fraction < 1
-    assert rate(OneSided, is_measured=False) == one_sided().across.fraction
+
+def across(comm: Measured, hosts: list[str]) -> tuple[float, float, float]:
+    """GB/s and latency between two machines of two GPUs, and what the transport reaches of them."""
+    probe = with_way_across(H200, cast("Communicator", comm), hosts)
+    cluster = describe([probe] * 4, Topology.split(4, 2))
+    assert cluster.across is not None
+    known = bool(probe.across_mb_per_s)
+    transport = transport_of(cast("Communicator", comm), is_known=known)
+    return cluster.across.gb_per_s, cluster.across.latency_us, transport.across.fraction
+
+
+def test_a_known_way_is_simulated_as_it_is() -> None:
+    apart, together = ["a", "a", "b", "b"], ["a"] * 4
+    cards = describe([H200] * 4, Topology.split(4, 2)).across
+    assert cards is not None
+    fraction = one_sided().across.fraction
+    assert across(Measured(None), apart) == (cards.gb_per_s, cards.latency_us, fraction)
+    for hosts in (apart, together):
+        assert across(Measured(3.0, two_sided=True), hosts)[::2] == (6.0, 1.0)
+    assert across(Measured(None, two_sided=True), apart)[2] == nccl().across.fraction < 1
+
+
+def test_machines_that_one_host_plays_reach_each_other_as_it_reaches_itself() -> None:
+    assert across(Measured(None), ["a"] * 4) == (2 * 390.0, 4.8, 1.0)
 
 
 def test_unknown_gpus_and_networks_are_described_by_what_was_measured() -> None:
