@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -78,7 +78,7 @@ class AutoPlanner:
         self,
         shape: AttentionShape,
         *,
-        mesh: Mesh | None,
+        degrees: Mesh | Mapping[str, int] | None,
         schedule: str,
         has_lse: bool,
         can_fuse: bool,
@@ -86,7 +86,7 @@ class AutoPlanner:
         """Collective: the fastest way for a shape.
 
         Args:
-            mesh: a forced mesh, or None.
+            degrees: a forced mesh, or axes of it, or None.
             schedule: a forced schedule, or ``auto``.
             has_lse: whether the attention kernel returns a log-sum-exp.
             can_fuse: whether it can wait for its keys itself.
@@ -97,7 +97,7 @@ class AutoPlanner:
         choice = plan_layer(
             self.cluster,
             layer_shape(shape),
-            mesh,
+            degrees,
             schedules=(KNOWN_SCHEDULES if can_fuse else SCHEDULES)
             if schedule == "auto"
             else (schedule,),

@@ -203,6 +203,13 @@ class Plan:
     def mesh(self) -> Mesh:
         return self.schedule.mesh
 
+    def describe(self) -> str:
+        """Mesh and schedule, in words."""
+        groups = self.schedule.groups_per_rank
+        in_groups = f" in {groups} head groups" if groups > 1 else ""
+        rounds = ", in whole rounds" if self.whole_rounds else ""
+        return f"mesh {self.mesh}, schedule {self.schedule.name}{in_groups}{rounds}"
+
     @cached_property
     def query_heads(self) -> tuple[range, ...]:
         """The query heads of each head group."""
@@ -401,6 +408,11 @@ def make_plan(
         groups = 1
         if name in ("pipelined", "whole_sequence", "fused"):
             groups, edge_heads = pipelined_groups(shape, mesh, num_units)
+    if groups > 1 and name == "torus" and mesh.torus > 1:
+        raise ValueError(
+            f"groups must be 1 with schedule 'torus' on a mesh with torus > 1, got groups={groups} "
+            f"on {mesh}; a mesh with torus=1 takes more"
+        )
     plan = Plan(shape, build(name, mesh, groups_per_rank=groups), edge_heads, whole_rounds)
     if not has_lse and needs_lse(plan.schedule):
         raise ValueError(

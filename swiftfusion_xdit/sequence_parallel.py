@@ -280,10 +280,9 @@ class SequenceParallel:
         plan = self._choose_plan(shape)
         if self._comm.rank == 0:
             logger.info(
-                "%s: mesh %s, schedule %s, %d rows, %d heads, %.1f MiB of symmetric memory a rank",
+                "%s: %s, %d rows, %d heads, %.1f MiB of symmetric memory a rank",
                 self.strategy,
-                plan.mesh,
-                plan.schedule.name,
+                plan.describe(),
                 sum(shape.query_lengths),
                 shape.num_heads,
                 plan.symmetric_bytes / 2**20,
@@ -317,9 +316,10 @@ class SequenceParallel:
 
             if self._planner is None:
                 self._planner = AutoPlanner(self._agreement, self._comm, self.device)
+            in_groups = self.schedule == "torus" and (self._forced_groups or 1) > 1
             choice = self._planner.choose(
                 shape,
-                mesh=mesh,
+                degrees={"torus": 1} if in_groups and mesh is None else mesh,
                 schedule=schedule,
                 has_lse=self.backend.has_lse,
                 can_fuse=can_fuse,
@@ -351,7 +351,7 @@ class SequenceParallel:
         )
         if self._comm.rank == 0:
             found = zip(plans, times_us, strict=True)
-            texts = [f"{p.mesh} {p.schedule.name} {us / 1e3:.3f} ms" for p, us in found]
+            texts = [f"{p.describe()} {us / 1e3:.3f} ms" for p, us in found]
             logger.info("timed: %s; taken: %s", "; ".join(texts), texts[number])
         return plans[number]
 
@@ -465,12 +465,8 @@ class SequenceParallel:
         text = f"strategy {self.strategy}, {self.topology.num_machines} machines"
         if self._plan is None:
             return f"{text}, no call yet"
-        rounds = ", in whole rounds" if self._plan.whole_rounds else ""
         held = sum(runner.plan.symmetric_bytes for runner in self._runners.values())
-        return (
-            f"{text}, mesh {self._plan.mesh}, schedule {self._plan.schedule.name}{rounds}, "
-            f"{held} bytes of symmetric memory"
-        )
+        return f"{text}, {self._plan.describe()}, {held} bytes of symmetric memory"
 
     def close(self) -> None:
         """Give all symmetric memory back. Not collective; may be called twice."""

@@ -266,6 +266,8 @@ def test_fused_calls_do_wait(machine: Machine, monkeypatch: pytest.MonkeyPatch) 
         ("folded", Mesh(2, 2, 1), 1),
         ("pipelined", Mesh(1, 2, 2), 2),
         ("torus", Mesh(ring=2), 1),
+        ("torus", Mesh(ring=2), 2),
+        ("torus", Mesh(1, 2, 2), 2),
     ],
 )
 def test_layers_as_replayed_graphs_follow_one_another(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from swiftfusion_xdit.mesh import Mesh
+from tests.distributed import RankFailure
 from tests.meshes import meshes_of
 from tests.sp_cases import Case, run_cases, uneven
 
@@ -30,6 +33,20 @@ def test_against_the_oracle(rank_pool, num_ranks: int, schedule: str) -> None:
             )
             errors = rank_pool(num_ranks).run(run_cases, [case], 3)
             assert max(errors) <= bound, (case, errors)
+
+
+def num_groups(rank: int, world_size: int, case: Case) -> int:
+    with case.open() as sp:
+        case.error(sp, rank)
+        assert sp.plan is not None
+        return sp.plan.schedule.groups_per_rank
+
+
+def test_forced_head_groups_are_those_that_run(rank_pool) -> None:
+    case = Case(Mesh(ring=2), (9, 7), (9, 7), groups=3)
+    assert rank_pool(2).run(num_groups, case) == [3, 3]
+    with pytest.raises(RankFailure, match=r"groups must be 1 with .* got groups=2 on torus=2,"):
+        rank_pool(2).run(num_groups, replace(case, mesh=Mesh(torus=2), machines=2))
 
 
 @pytest.mark.parametrize("groups", [2, 4, 100])  # of nine heads, three with keys

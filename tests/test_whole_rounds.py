@@ -98,8 +98,7 @@ def test_two_hosts_over_tcp_take_a_ring(
 ) -> None:
     choice = plan(hosts(2, gb_per_s), layer(2, model), transport=nccl(), effort=effort)
     assert (choice.mesh, choice.schedule) == (Mesh(ring=2), "torus")
-    # Of head groups as many as cost nothing: where attention is next to nothing, one.
-    assert choice.candidate.groups_per_rank == 4 or model == FLUX_1024
+    assert choice.candidate.groups_per_rank == 4
     torus = best_of(choice, Mesh(torus=2))
     assert choice.prediction.layer_us < 1.06 * torus  # they are as fast as the simulator can tell
 

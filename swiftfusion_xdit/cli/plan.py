@@ -174,7 +174,9 @@ class Report:
         words.append(f"--sp-strategy {candidate.strategy}")
         if candidate.strategy != "usp":
             words.append(f"--sp-mesh {mesh}")
-        if candidate.strategy == "torus":
+        # Head groups and whole rounds have no flag: on this mesh the run's own planner finds them.
+        is_planned = candidate.groups_per_rank > 1 or candidate.whole_rounds
+        if candidate.strategy == "torus" and not is_planned:
             words.append(f"--sp-schedule {candidate.schedule}")
         return " ".join(words)
 

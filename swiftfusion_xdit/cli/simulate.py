@@ -17,6 +17,7 @@ from swiftfusion_xdit.cli import simulate_report as reports
 from swiftfusion_xdit.clusters import PRESETS, load, preset, resize
 from swiftfusion_xdit.envs import SCHEDULES
 from swiftfusion_xdit.mesh import Mesh, paper_mesh, torus_mesh, usp_mesh
+from swiftfusion_xdit.schedule import GROUPED
 from swiftfusion_xdit.simulate.hardware import Cluster
 from swiftfusion_xdit.simulate.layer import LayerTime
 from swiftfusion_xdit.simulate.models import ALIASES, MODELS, Model, model_named
@@ -56,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_workload(parser)
     add("--strategy", choices=STRATEGIES, default="torus", help="(torus)")
     add("--schedule", choices=SCHEDULES, default="auto", help="of torus; auto: the fastest")
-    add("--groups", type=int, help="head groups of --schedule pipelined (the fastest)")
+    add("--groups", type=int, help="head groups of --schedule, where it has them (the fastest)")
     add("--mesh", help="torus=T,ulysses=U,ring=R (the strategy's rule)")
     add("--transport", choices=TRANSPORTS, default="one-sided", help="of torus (one-sided)")
     add("--timeline", type=Path, metavar="PNG", help="draw one layer")
@@ -150,8 +151,10 @@ def _best(
 ) -> Candidate:
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
-    if args.groups is not None and args.schedule not in ("pipelined", "fused"):
-        raise ValueError(f"--groups needs --schedule pipelined or fused, got {args.schedule!r}")
+    if args.groups is not None and args.schedule not in GROUPED:
+        raise ValueError(
+            f"--groups needs --schedule torus, pipelined or fused, got {args.schedule!r}"
+        )
     mesh.require(num_ranks=cluster.num_ranks, num_heads=model.num_heads)
     if name == "torus":
         transport = TRANSPORTS[args.transport]()
@@ -161,8 +164,12 @@ def _best(
             if args.schedule in ("auto", strategy.schedule)
             and args.groups in (None, strategy.groups_per_rank)
         ]
+        most = model.num_heads // mesh.num_head_groups
+        if args.schedule == "torus":  # alone, its head groups are for those who ask for them
+            most = 1 if mesh.torus > 1 else most
+            if args.groups in range(2, most + 1):
+                candidates = [Strategy("torus", mesh, transport, transport, args.groups)]
         if not candidates:
-            most = model.num_heads // mesh.num_head_groups
             raise ValueError(f"--groups must be 1 to {most} on {mesh}, got {args.groups}")
     else:
         candidates = [Strategy("usp", mesh, stock(), stock(), 1, STOCK_MERGE_PASSES)]
