@@ -46,7 +46,8 @@ from swiftfusion_xdit.cli.bench_parts import Ranks
 from swiftfusion_xdit.cli.bench_report import tables_console, write_json
 
 METHOD = {
-    "ms": "Strategies take turns in each round, in an order drawn for the round. A turn is a "
+    "ms": "Strategies take turns in each round, in an order of its own: none comes after the one "
+    "that it came after in the round before, where that can be, and the rest is drawn. A turn is a "
     "barrier, then --steps steps back to back; the slowest rank's time counts, divided by the "
     "steps.",
     "best stock /": "The fastest of xDiT's own of the same mode over this one: median over rounds "

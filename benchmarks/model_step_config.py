@@ -79,6 +79,13 @@ class Settings:
             raise ValueError(
                 f"--ranks must be at least 1 and divide {heads} heads, got {self.ranks}"
             )
+        is_default = self.schedules == ("auto",) and not self.layer_graphs
+        if self.ranks == 1 and not (is_default and "stock" in self.kinds):
+            raise ValueError(
+                "--ranks 1 runs xDiT's own steps alone: --kinds must have stock, --schedules and "
+                f"--layer-graphs are of several ranks; got {self.kinds}, {self.schedules} and "
+                f"{self.layer_graphs}"
+            )
         for size in self.sizes:
             latents = self.latents(size)
             if latents.image_tokens % self.ranks or latents.text % self.ranks:

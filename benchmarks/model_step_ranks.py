@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from benchmarks.model_step_xdit import (
 )
 from swiftfusion_xdit import envs
 from swiftfusion_xdit.attention.reference import relative_error
-from swiftfusion_xdit.cli.bench_parts import Ranks
+from swiftfusion_xdit.cli.bench_parts import Ranks, Turns
 from swiftfusion_xdit.cli.bench_report import spread
 
 
@@ -55,10 +54,9 @@ class ModelStep:
         self.models: dict[Case, Any] = {}
         found = {case: self._first_steps(case) for case in self.settings.cases()}
         cases = [case for case, one in found.items() if one.failure is None]
-        rounds = 0
+        rounds, order = 0, Turns()
         while rounds < self.settings.rounds:
-            # What ran before decides how hot a GPU is. The order is the same on all ranks.
-            for case in random.Random(rounds).sample(cases, len(cases)):
+            for case in order.order(cases):
                 self._turn(case, found[case])
             rounds += 1
             if max(self.ranks.gather(time.monotonic() - start_s)) > self.settings.seconds:

@@ -15,6 +15,7 @@ from rich.console import Console
 from swiftfusion_xdit.cli import bench_launch
 from swiftfusion_xdit.cli import bench_report as reports
 from swiftfusion_xdit.cli.bench_config import SHAPES, BenchConfig, Case, Shape, parse_shapes
+from swiftfusion_xdit.cli.bench_parts import Turns
 from swiftfusion_xdit.cli.main import main
 
 CPU = ("bench", "layer", "--device", "cpu")
@@ -112,6 +113,20 @@ def test_cases_cover_every_degree_schedule_and_mesh() -> None:
     assert grouped == [None, None, 1, 3, None, 1, 3]  # floor, torus and pipelined thrice
     across = config(strategies=("torus",), groups=(3,), machines=2, schedules=("torus",)).cases()
     assert [c.groups for c in across] == [None, None]  # a torus axis has no head groups
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 12])
+def test_nothing_runs_twice_running_after_the_same(number: int) -> None:
+    items, turns = [f"case {i}" for i in range(number)], Turns()
+    orders = [turns.order(items) for _ in range(8)]
+    assert all(sorted(order) == sorted(items) for order in orders)
+    run = [item for order in orders for item in order]
+    before: dict[str, str] = {}
+    for item, after in zip(run[1:], run, strict=False):
+        assert number <= 2 or before.get(item) != after
+        before[item] = after
+    again = Turns()
+    assert orders == [again.order(items) for _ in range(8)], "all ranks take the same orders"
 
 
 def test_run_on_cpu_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

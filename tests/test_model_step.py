@@ -52,6 +52,11 @@ def test_every_model_runs_the_same_step_every_way(name: str, tmp_path: Path) -> 
         (("--seconds", "0"), "--seconds above 0, got 5, 2 and 0.0"),
         (("--ranks", "5"), "--ranks must be at least 1 and divide 24 heads, got 5"),
         (("--ranks", "0"), "--ranks must be at least 1 and divide 24 heads, got 0"),
+        (
+            ("--ranks", "1", "--kinds", "ours"),
+            "--ranks 1 runs xDiT's own steps alone: --kinds must",
+        ),
+        (("--ranks", "1", "--layer-graphs"), "are of several ranks; got"),
         (("--sizes", "1040", "--ranks", "8"), "1040 has 4225 of the image and 512 of the text"),
     ],
 )
@@ -84,7 +89,7 @@ def test_torus_with_layer_graphs_is_a_strategy_of_its_own(tmp_path: Path) -> Non
 def test_no_round_begins_when_the_time_of_a_size_is_over(tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     words = ("--tiny", "--model", "wan", "--only", "torus SDPA_FLASH", "--rounds", "1000")
-    done = run(*words, "--seconds", "0.1", "--json", str(path))
+    done = run(*words, "--seconds", "1e-9", "--json", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     (size,) = json.loads(path.read_text(encoding="utf-8"))["sizes"]
     assert size["rounds"] == len(size["results"][0]["samples_ms"]) == 1

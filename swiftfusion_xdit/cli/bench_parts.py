@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from swiftfusion_xdit.attention import Backend
 from swiftfusion_xdit.cli.bench_config import Case
+
+SEED = 1234
+T = TypeVar("T")
 
 
 class NoAttention(Backend):
@@ -49,6 +54,35 @@ class Measured:
     eager_ms: list[float] = field(default_factory=list)
     graph_ms: list[float] = field(default_factory=list)
     host_us: list[float] = field(default_factory=list)
+
+
+class Turns:
+    """Orders of what is compared, one for each round; alike on all ranks, and in every run.
+
+    What ran before decides how hot a GPU is and how high it clocks. So nothing comes after what it
+    came after in the round before, as far as that can be, and the rest is drawn.
+    """
+
+    TRIES = 50
+
+    def __init__(self) -> None:
+        self._random = random.Random(SEED)
+        self._before: dict[Any, Any] = {}  # of each one, what it came after
+        self._last: Any = None
+
+    def order(self, items: Sequence[T]) -> list[T]:
+        """All of ``items``, which are hashable, for the next round."""
+        orders = (self._random.sample(items, len(items)) for _ in range(self.TRIES))
+        chosen = min(orders, key=self._num_repeated)
+        self._before = self._pairs(chosen)
+        self._last = chosen[-1] if chosen else None
+        return chosen
+
+    def _pairs(self, order: list[T]) -> dict[Any, Any]:
+        return dict(zip(order, [self._last, *order], strict=False))
+
+    def _num_repeated(self, order: list[T]) -> int:
+        return sum(self._before.get(item) == before for item, before in self._pairs(order).items())
 
 
 class Ranks:

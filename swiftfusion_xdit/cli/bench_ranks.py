@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -19,11 +18,10 @@ from swiftfusion_xdit.attention import attend, select_backend
 from swiftfusion_xdit.attention.reference import reference_attention, relative_error
 from swiftfusion_xdit.cli import machine
 from swiftfusion_xdit.cli.bench_config import MAX_ERROR, BenchConfig, Case, Shape
-from swiftfusion_xdit.cli.bench_parts import Measured, NoAttention, Ranks, joined
+from swiftfusion_xdit.cli.bench_parts import SEED, Measured, NoAttention, Ranks, Turns, joined
 from swiftfusion_xdit.cli.bench_stock import NotRunnable, StockUsp
 from swiftfusion_xdit.sequence_parallel import SequenceParallel
 
-SEED = 1234
 CHECKED_ROWS = 32  # query rows of a rank that are compared with the reference
 TURN_MS = 15.0  # a turn runs as many layers as take about this long
 MAX_TURN_LAYERS = 20
@@ -114,8 +112,9 @@ class LayerBench:
         for case in self.measured:
             self._check(case)
         num_rounds = self._plan_turns()
-        for idx in range(num_rounds):
-            for case, is_graph in self._turns(idx):
+        order = Turns()
+        for _ in range(num_rounds):
+            for case, is_graph in order.order(self._turns()):
                 self._turn(case, is_graph)
         everyone = self.ranks.gather([vars(found) for found in self.measured.values()])
         self._graphs.clear()
@@ -130,15 +129,10 @@ class LayerBench:
     def _cases(self) -> list[Case]:
         return [case for case, found in self.measured.items() if found.failure is None]
 
-    def _turns(self, round_idx: int) -> list[tuple[Case, bool]]:
-        """Each case, eager and as a graph, in an order of the round's own, alike on all ranks.
-
-        What ran before decides how hot a GPU is and how high it clocks.
-        """
-        turns = [(case, False) for case in self._cases()]
-        turns += [(case, True) for case, _ in turns if self._can_replay(case)]
-        random.Random(round_idx).shuffle(turns)
-        return turns
+    def _turns(self) -> list[tuple[Case, bool]]:
+        """Each case, eager and, where it can be, as a graph."""
+        eager = [(case, False) for case in self._cases()]
+        return eager + [(case, True) for case, _ in eager if self._can_replay(case)]
 
     def _can_replay(self, case: Case) -> bool:
         return case in self._graphs and self.measured[case].graph_failure is None

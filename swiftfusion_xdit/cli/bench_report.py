@@ -15,9 +15,11 @@ from rich.table import Table
 WIDTH = 150  # of tables that are written to a file or a pipe
 METHOD = {
     "turns": (
-        "All cases of a shape, eager and as graphs, take turns in each round, in an order drawn "
-        "for the round. A turn is a barrier, then layers_per_turn layers back to back; the slowest "
-        "rank's time counts, divided by the layers. CUDA events on GPUs, the host's clock on CPUs."
+        "All cases of a shape, eager and as graphs, take turns in each round, in an order of its "
+        "own: none comes after the one that it came after in the round before, where that can be, "
+        "and the rest is drawn. A turn is a barrier, then layers_per_turn layers back to back; the "
+        "slowest rank's time counts, divided by the layers. CUDA events on GPUs, the host's clock "
+        "on CPUs."
     ),
     "graph": (
         "layers_per_turn consecutive layers, even and odd ones in turn, captured in one CUDA graph;"
