@@ -20,8 +20,9 @@ def test_the_page_is_what_the_results_give() -> None:
     command = "swiftfusion bench report benchmarks/results --output docs/performance"
     sections = performance.read(RESULTS)
     assert PAGE.read_text(encoding="utf-8") == performance.page(sections, "performance"), command
-    for section in sections:
-        assert (PAGE.with_suffix("") / f"{section.name}.png").exists(), command
+    pictures = {f"{section.name}.png" for section in sections}
+    pictures |= {path.name for section in sections for _, path in section.timelines}
+    assert {path.name for path in PAGE.with_suffix("").iterdir()} == pictures, command
 
 
 def quartiles(median: float) -> dict[str, float]:
@@ -69,6 +70,7 @@ def layer_report() -> dict[str, Any]:
 
 def test_other_projects_show_their_fastest_exact_mode_beside_ours(tmp_path: Path) -> None:
     report = layer_report()
+    report["settings"]["backends"] = ["fa4"]
     report |= {
         "benchmark": "peer_layer",
         "peers": {
@@ -113,7 +115,7 @@ def step_report(ranks: int, rows: list[tuple[str, str, bool, float]]) -> dict[st
     report = layer_report() | {
         "benchmark": "model_step",
         "model": {"title": "Model"},
-        "sizes": [{"size": "1024", "results": results}],
+        "sizes": [{"size": "1024", "rounds": 5, "results": results}],
         "method": {"best stock /": "The best."},
     }
     report["settings"] = {"device": "cuda", "ranks": ranks}
@@ -131,8 +133,8 @@ def test_models_show_what_all_steps_gain_and_what_is_left(tmp_path: Path) -> Non
     (tmp_path / "b.json").write_text(json.dumps(step_report(2, rows[:2])))
     models, a, b = performance.read(tmp_path)
     assert models.rows == (
-        ("Model", "1024", "2 x GPU", "12.0", "10.0", "1.20", "1.50", "80.0"),
-        ("Model", "1024", "2 x GPU", "12.0", "11.0", "1.09", "", ""),
+        ("Model", "1024", "2 x GPU", "12.0", "10.0", "1.20", "1.50", "80.0", "5"),
+        ("Model", "1024", "2 x GPU", "12.0", "11.0", "1.09", "", "", "5"),
     )
     assert len(models.heading) == len(models.rows[0])
     assert models.text.startswith("Mean speedup of the 2 rows: 1.15.")
@@ -145,17 +147,24 @@ def test_scaling_is_over_the_same_step_on_one_gpu(tmp_path: Path) -> None:
     one = step_report(1, [("stock", "slow", False, 30.0), ("stock", "fast", False, 20.0)])
     two = [("stock", "xDiT", False, 12.5), ("ours", "torus", False, 12.0)]
     (tmp_path / "one.json").write_text(json.dumps(one))
+    slower = step_report(1, [("stock", "slower", False, 25.0)])
+    (tmp_path / "one_again.json").write_text(json.dumps(slower))
     (tmp_path / "two.json").write_text(json.dumps(step_report(2, two)))
     other = step_report(2, two) | {"model": {"title": "Other"}}  # has not run on one
     (tmp_path / "two_other.json").write_text(json.dumps(other))
     sections = {section.name: section for section in performance.read(tmp_path)}
     assert sections["scaling"].rows == (
         ("Model 1024", "1 x GPU", "xDiT", "20.0", "1.00", "100"),
+        ("Model 1024", "1 x GPU", "xDiT", "25.0", "0.80", "80"),
         ("Model 1024", "2 x GPU", "xDiT's best", "12.5", "1.60", "80"),
         ("Model 1024", "2 x GPU", "torus", "12.0", "1.67", "83"),
     )
     assert [bar.label for bar in sections["scaling"].bars] == ["xDiT's best", "torus"]
-    (tmp_path / "one.json").unlink()
+    (tmp_path / "two_again.json").write_text(json.dumps(step_report(2, two)))
+    (scaling,) = [s for s in performance.read(tmp_path) if s.name == "scaling"]
+    assert len({(bar.group, bar.label) for bar in scaling.bars}) == len(scaling.bars) == 4
+    for name in ("one.json", "one_again.json"):
+        (tmp_path / name).unlink()
     assert "scaling" not in {section.name for section in performance.read(tmp_path)}
 
 

@@ -19,6 +19,7 @@ PACKAGES = (
     "xfuser",
     "swiftfusion-xdit",
     "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "flash-attn-3",
     "flash-attn",
     "nvshmem4py-cu13",

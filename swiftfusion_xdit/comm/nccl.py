@@ -6,8 +6,7 @@ one group of NCCL sends and receives, entered once all of this rank's puts in it
 The order is such that no rank waits in a circle (``schedule/rounds.py``).
 
 What two ranks on two machines send each other goes as one all-gather a batch instead, which NCCL
-carries faster over TCP: FLUX 3072's keys and values took 71 ms between two hosts
-(benchmarks/results/tcp_2_hosts_2_gpus.json), and 119 by sends and receives in another run.
+carries faster over TCP.
 
 Flags do not exist here. FULL is the end of the receive, which the waiting stream is put behind.
 FREE needs no message: the receiver itself begins the receive, after its own earlier layers.

@@ -12,7 +12,8 @@ waits for a block that was put in this round or later, and puts what it can on t
 A *batch* is the puts of one round that serve one head group of each rank in one stage of the
 algorithm, on all ranks: what is wanted early is not held up by what is wanted late. Where the links
 are so slow that attention hides little of a layer's transfers anyway (the planner says so, see
-``planner.bounds.transfers_dominate``), a batch is a whole round, which the links carry at once.
+``planner.bounds.transfers_dominate``), a batch is a whole round, which the links carry at once. A
+ring's puts are one round: it goes in its head groups.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _predicted(case: dict[str, Any], shape: dict[str, Any], report: dict[str, An
     """The simulated layer over its floor.
 
     As the planner said in the run; where machines were played on one, as the simulator says of the
-    links that they really had, which the planner was not to know of.
+    links that they really had, which it did not know of when older files were made.
     """
     settings, gpus = report["settings"], report["hardware"]["gpus"]
     links = report["hardware"].get("gpu_links", ())

@@ -43,7 +43,8 @@ def peer_section(name: str, report: dict[str, Any]) -> Section:
     return Section(
         name=name,
         title=f"Other projects: one attention layer on {gpus(report)}",
-        text=f"Of each project the fastest of the modes that are exact; `{name}.json` has all. The "
+        text=f"Of each project the fastest of the modes that ran and are exact; `{name}.json` has "
+        f"all. Ours and xDiT ran with {' and '.join(report['settings']['backends'])} alone. The "
         f"floor is {lower(report['method']['floor'])} {'; '.join(versions)}. Not run: "
         f"{'; '.join(missing)}. {origin(name, report)}",
         heading=("shape", "project", "which", "ms", "/ floor", "/ torus"),

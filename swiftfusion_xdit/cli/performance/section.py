@@ -73,7 +73,10 @@ def bar_over_floor(shape: str, label: str, case: dict[str, Any], mode: str) -> B
 def schedule_of(case: dict[str, Any]) -> str:
     mesh, schedule = planned(case)
     degrees = [degree for degree in mesh.split(",") if not degree.endswith("=1")]
-    return f"{schedule} on {' '.join(degrees)}, {case['backend']}"
+    groups = re.search(r"in (\d+) head groups", case["plan"])
+    number = groups[1] if groups else case.get("groups")
+    in_groups = f" in {number} groups" if number else ""
+    return f"{schedule}{in_groups} on {' '.join(degrees)}, {case['backend']}"
 
 
 def planned(case: dict[str, Any]) -> tuple[str, str]:

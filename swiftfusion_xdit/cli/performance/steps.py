@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class Step:
     file: str
     report: dict[str, Any]
     size: str
+    rounds: int
     compiled: bool
     fastest: dict[str, dict[str, Any]]  # by kind, of ``WAYS``
 
@@ -56,7 +58,7 @@ def steps_of(file: str, report: dict[str, Any]) -> Iterator[Step]:
                 if fits:
                     fastest[kind] = min(fits, key=lambda result: result["ms"]["median"])
             if fastest:
-                yield Step(file, report, found["size"], compiled, fastest)
+                yield Step(file, report, found["size"], found["rounds"], compiled, fastest)
 
 
 def step_section(name: str, report: dict[str, Any]) -> Section:
@@ -92,47 +94,56 @@ def models_section(reports: Mapping[str, dict[str, Any]]) -> Section | None:
     bars: list[Bar] = []
     gains: list[float] = []
     for step in steps:
-        group = f"{step.model}\n{step.name}\n{step.ranks} GPUs"
-        if group in {bar.group for bar in bars}:  # another run of the same
-            group += f"\n{step.file}"
+        group = _group(step, bars)
         over = {kind: best["best_stock_over"] for kind, best in step.fastest.items()}
         gains.append(over["ours"]["median"])
         cells = [f"{step.ms('stock'):.1f}", f"{step.ms('ours'):.1f}", f"{gains[-1]:.2f}"]
         if "ceiling" in over:
-            of_ceiling = 100 * step.ms("ceiling") / step.ms("ours")
+            of_ceiling = 100 * over["ours"]["median"] / over["ceiling"]["median"]
             cells += [f"{over['ceiling']['median']:.2f}", f"{of_ceiling:.1f}"]
-        rows.append((step.model, step.name, f"{step.ranks} x {step.gpu}", *cells))
+        else:
+            cells += ["", ""]
+        row = (step.model, step.name, f"{step.ranks} x {step.gpu}", *cells, str(step.rounds))
+        rows.append(row)
         for kind in ("ours", "ceiling"):
             if kind in over:
                 quartiles = (over[kind][key] for key in ("q1", "median", "q3"))
                 bars.append(Bar(group, WAYS[kind], *quartiles))
     heading = ("model", "step", "GPUs", "xDiT's best ms", "torus ms", "speedup")
-    ceiling = ("speedup without communication", "speed, % of that")
+    heading_more = ("speedup without communication", "speedup, % of that", "rounds")
     return Section(
         name="models",
         title="Steps of whole models: what torus gains over xDiT's best",
         text=f"Mean speedup of the {len(gains)} rows: {statistics.mean(gains):.2f}. The sections "
         "below say which of xDiT's ways was the best, and how each was measured.",
-        heading=(*heading, *ceiling),
-        rows=tuple(row if len(row) > len(heading) else (*row, "", "") for row in rows),
+        heading=(*heading, *heading_more),
+        rows=tuple(rows),
         unit="speedup over xDiT's best",
         bars=tuple(bars),
         line=1.0,
     )
 
 
+def _group(step: Step, bars: Sequence[Bar]) -> str:
+    """What a step's bars are called; another run of the same step is told by its file."""
+    group = f"{step.model}\n{step.name}\n{step.ranks} GPUs"
+    return f"{group}\n{step.file}" if group in {bar.group for bar in bars} else group
+
+
 def scaling_section(reports: Mapping[str, dict[str, Any]]) -> Section | None:
     """How much sooner a step is done than on one GPU, for the steps that have run on one."""
     steps = [step for name, report in reports.items() for step in steps_of(name, report)]
-    alone = {
-        (step.model, step.name, step.gpu): step.ms("stock") for step in steps if step.ranks == 1
-    }
+    alone: dict[tuple[str, str, str], float] = {}
+    for step in (step for step in steps if step.ranks == 1):
+        key = (step.model, step.name, step.gpu)
+        alone[key] = min(step.ms("stock"), alone.get(key, math.inf))
     rows: list[tuple[str, ...]] = []
     bars: list[Bar] = []
     for step in sorted(steps, key=lambda step: (step.model, step.name, step.ranks)):
         one_ms = alone.get((step.model, step.name, step.gpu))
         if one_ms is None:
             continue
+        group = _group(step, bars)
         for kind, best in step.fastest.items():
             ms = step.ms(kind)
             share = 100 * one_ms / ms / step.ranks
@@ -141,7 +152,6 @@ def scaling_section(reports: Mapping[str, dict[str, Any]]) -> Section | None:
             place = f"{step.ranks} x {step.gpu}"
             rows.append((f"{step.model} {step.name}", place, label, *cells))
             if step.ranks > 1:
-                group = f"{step.model}\n{step.name}\n{step.ranks} GPUs"
                 times = (best["ms"][key] for key in ("q3", "median", "q1"))
                 bars.append(Bar(group, label, *(one_ms / ms for ms in times)))
     if not bars:
