@@ -120,11 +120,14 @@ def best_of(choice: Choice, mesh: Mesh) -> float:
     return min(prediction.layer_us for prediction in found if prediction is not None)
 
 
-def choose(rank: int, size: int, gb_per_s: float) -> tuple[str, str, int, bool]:
+def choose(
+    rank: int, size: int, gb_per_s: float, groups: int | None = None
+) -> tuple[str, str, int, bool]:
     """What a rank on a GPU would run; here its device and its planner's cluster are made up."""
     lengths = (37376 // size,) * size
     shape = AttentionShape(1, lengths, lengths, 24, 24, 128, torch.bfloat16)
-    with SequenceParallel(machines=size) as sp:
+    schedule = "auto" if groups is None else "torus"
+    with SequenceParallel(machines=size, schedule=schedule, groups=groups) as sp:
         planner = object.__new__(AutoPlanner)
         planner._agreement, planner.cluster = sp._agreement, hosts(size, gb_per_s)
         planner.transport = nccl()
@@ -132,8 +135,8 @@ def choose(rank: int, size: int, gb_per_s: float) -> tuple[str, str, int, bool]:
         sp._comm.two_sided = True
         sp._num_units = lambda: 132  # type: ignore[method-assign]
         chosen = sp._choose_plan(shape)
-        schedule = chosen.schedule
-        return str(chosen.mesh), schedule.name, schedule.groups_per_rank, chosen.whole_rounds
+        name, number = chosen.schedule.name, chosen.schedule.groups_per_rank
+        return str(chosen.mesh), name, number, chosen.whole_rounds
 
 
 def test_ranks_run_what_was_planned(rank_pool: Callable[[int], RankPool]) -> None:
@@ -142,3 +145,13 @@ def test_ranks_run_what_was_planned(rank_pool: Callable[[int], RankPool]) -> Non
     found = rank_pool(4).run(choose, TCP)
     assert found[0][0] == "torus=4,ulysses=1,ring=1" and found[0][3] and len(set(found)) == 1
     assert not rank_pool(4).run(choose, FAST)[0][3]
+
+
+def test_forced_head_groups_get_a_mesh_that_has_them(
+    rank_pool: Callable[[int], RankPool],
+) -> None:
+    by_itself, forced = rank_pool(4).run(choose, TCP), rank_pool(4).run(choose, TCP, 3)
+    assert by_itself[0][0].startswith("torus=4,")
+    assert {(mesh.split(",")[0], name, groups) for mesh, name, groups, _ in forced} == {
+        ("torus=1", "torus", 3)
+    }
