@@ -26,7 +26,7 @@ from benchmarks.model_step_xdit import (
 )
 from swiftfusion_xdit import envs
 from swiftfusion_xdit.attention.reference import relative_error
-from swiftfusion_xdit.cli.bench_parts import Ranks, Turns
+from swiftfusion_xdit.cli.bench_parts import Orders, Ranks
 from swiftfusion_xdit.cli.bench_report import spread
 
 
@@ -54,9 +54,9 @@ class ModelStep:
         self.models: dict[Case, Any] = {}
         found = {case: self._first_steps(case) for case in self.settings.cases()}
         cases = [case for case, one in found.items() if one.failure is None]
-        rounds, order = 0, Turns()
+        rounds, orders = 0, Orders()
         while rounds < self.settings.rounds:
-            for case in order.order(cases):
+            for case in orders.draw(cases):
                 self._turn(case, found[case])
             rounds += 1
             if max(self.ranks.gather(time.monotonic() - start_s)) > self.settings.seconds:

@@ -15,7 +15,7 @@ from rich.console import Console
 from swiftfusion_xdit.cli import bench_launch
 from swiftfusion_xdit.cli import bench_report as reports
 from swiftfusion_xdit.cli.bench_config import SHAPES, BenchConfig, Case, Shape, parse_shapes
-from swiftfusion_xdit.cli.bench_parts import Turns
+from swiftfusion_xdit.cli.bench_parts import Orders
 from swiftfusion_xdit.cli.main import main
 
 CPU = ("bench", "layer", "--device", "cpu")
@@ -117,16 +117,16 @@ def test_cases_cover_every_degree_schedule_and_mesh() -> None:
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 12])
 def test_nothing_runs_twice_running_after_the_same(number: int) -> None:
-    items, turns = [f"case {i}" for i in range(number)], Turns()
-    orders = [turns.order(items) for _ in range(8)]
+    items, turns = [f"case {i}" for i in range(number)], Orders()
+    orders = [turns.draw(items) for _ in range(8)]
     assert all(sorted(order) == sorted(items) for order in orders)
     run = [item for order in orders for item in order]
     before: dict[str, str] = {}
     for item, after in zip(run[1:], run, strict=False):
         assert number <= 2 or before.get(item) != after
         before[item] = after
-    again = Turns()
-    assert orders == [again.order(items) for _ in range(8)], "all ranks take the same orders"
+    again = Orders()
+    assert orders == [again.draw(items) for _ in range(8)], "all ranks take the same orders"
 
 
 def test_run_on_cpu_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

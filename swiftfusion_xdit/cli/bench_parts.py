@@ -56,7 +56,7 @@ class Measured:
     host_us: list[float] = field(default_factory=list)
 
 
-class Turns:
+class Orders:
     """Orders of what is compared, one for each round; alike on all ranks, and in every run.
 
     What ran before decides how hot a GPU is and how high it clocks. So nothing comes after what it
@@ -70,7 +70,7 @@ class Turns:
         self._before: dict[Any, Any] = {}  # of each one, what it came after
         self._last: Any = None
 
-    def order(self, items: Sequence[T]) -> list[T]:
+    def draw(self, items: Sequence[T]) -> list[T]:
         """All of ``items``, which are hashable, for the next round."""
         orders = (self._random.sample(items, len(items)) for _ in range(self.TRIES))
         chosen = min(orders, key=self._num_repeated)

@@ -18,7 +18,7 @@ from swiftfusion_xdit.attention import attend, select_backend
 from swiftfusion_xdit.attention.reference import reference_attention, relative_error
 from swiftfusion_xdit.cli import machine
 from swiftfusion_xdit.cli.bench_config import MAX_ERROR, BenchConfig, Case, Shape
-from swiftfusion_xdit.cli.bench_parts import SEED, Measured, NoAttention, Ranks, Turns, joined
+from swiftfusion_xdit.cli.bench_parts import SEED, Measured, NoAttention, Orders, Ranks, joined
 from swiftfusion_xdit.cli.bench_stock import NotRunnable, StockUsp
 from swiftfusion_xdit.sequence_parallel import SequenceParallel
 
@@ -112,9 +112,9 @@ class LayerBench:
         for case in self.measured:
             self._check(case)
         num_rounds = self._plan_turns()
-        order = Turns()
+        orders, turns = Orders(), self._turns()
         for _ in range(num_rounds):
-            for case, is_graph in order.order(self._turns()):
+            for case, is_graph in orders.draw(turns):
                 self._turn(case, is_graph)
         everyone = self.ranks.gather([vars(found) for found in self.measured.values()])
         self._graphs.clear()

@@ -5,8 +5,9 @@ beforehand (``bind``) and enter them in one agreed order of batches, on a side s
 one group of NCCL sends and receives, entered once all of this rank's puts in it have been called.
 The order is such that no rank waits in a circle (``schedule/rounds.py``).
 
-What two ranks on two machines send each other goes as one all-gather a batch instead, which NCCL
-carries faster over TCP.
+What two ranks on two machines send each other goes as one all-gather a batch instead. Over TCP
+xDiT's ring, which gathers, takes less time than its all-to-all of as many bytes
+(benchmarks/results/tcp_2_hosts_2_gpus.json).
 
 Flags do not exist here. FULL is the end of the receive, which the waiting stream is put behind.
 FREE needs no message: the receiver itself begins the receive, after its own earlier layers.

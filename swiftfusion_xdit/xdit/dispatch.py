@@ -126,7 +126,7 @@ def dispatch(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Ten
     mask, indices = kwargs.get("attn_mask"), kwargs.get("indices_k")
     if torch.compiler.is_compiling():
         return attention_op(query, key, value, kernel, lengths, mask, indices)
-    # An operator's way through torch takes the host longer than much of the layer does.
+    # Outside of a graph an operator would only take the host's time.
     return attend(session, query, key, value, kernel, lengths, mask=mask, indices=indices)
 
 

@@ -26,7 +26,7 @@ class Step:
 
     @property
     def model(self) -> str:
-        return str(self.report["model"].get("title", "FLUX.1-dev"))
+        return str(self.report["model"]["title"])
 
     @property
     def ranks(self) -> int:
@@ -75,7 +75,7 @@ def step_section(name: str, report: dict[str, Any]) -> Section:
             bars.append(Bar(step.name, label, *(times[key] for key in ("q1", "median", "q3"))))
     return Section(
         name=name,
-        title=f"One step of {report['model'].get('title', 'FLUX.1-dev')} on {gpus(report)}",
+        title=f"One step of {report['model']['title']} on {gpus(report)}",
         text=f"Speedup: {lower(report['method']['best stock /'])} {origin(name, report)}",
         heading=("size", "way", "which", "ms", "speedup", "peak GiB"),
         rows=tuple(rows),
