@@ -65,6 +65,23 @@ constexpr LayoutEntry kLayout[] = {
     SF_FIELD(sf_pack_args, items),
     SF_FIELD(sf_pack_args, num_items),
     SF_FIELD(sf_pack_args, reserved),
+    SF_STRUCT(sf_put_item),
+    SF_FIELD(sf_put_item, src),
+    SF_FIELD(sf_put_item, dst),
+    SF_FIELD(sf_put_item, flag),
+    SF_FIELD(sf_put_item, src_stride),
+    SF_FIELD(sf_put_item, dst_stride),
+    SF_FIELD(sf_put_item, batch),
+    SF_FIELD(sf_put_item, rows),
+    SF_FIELD(sf_put_item, heads),
+    SF_FIELD(sf_put_item, head_bytes),
+    SF_STRUCT(sf_put_args),
+    SF_FIELD(sf_put_args, items),
+    SF_FIELD(sf_put_args, counters),
+    SF_FIELD(sf_put_args, num_items),
+    SF_FIELD(sf_put_args, num_peers),
+    SF_FIELD(sf_put_args, num_blocks),
+    SF_FIELD(sf_put_args, reserved),
 };
 constexpr int kLayoutEntries = sizeof(kLayout) / sizeof(kLayout[0]);
 
@@ -129,7 +146,8 @@ int sf_layout(int index, const char** name, uint64_t* offset, uint64_t* size) {
 
 int sf_preload(void) {
   SF_TRY(sf::preload_merge());
-  return sf::preload_pack();
+  SF_TRY(sf::preload_pack());
+  return sf::preload_put();
 }
 
 }  // extern "C"

@@ -18,6 +18,7 @@ int check(cudaError_t error, const char* call);
 
 int preload_merge();
 int preload_pack();
+int preload_put();
 
 }  // namespace sf
 

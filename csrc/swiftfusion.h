@@ -1,10 +1,10 @@
-// The C interface of the compiled part: stream programs, merging, packing.
+// The C interface of the compiled part: stream programs, merging, packing, putting.
 //
 // Raw pointers, sizes and stream handles only, so that one build serves every version of torch.
 // Every function returns SF_OK or another sf_status; sf_last_error() then says what failed. Nothing
 // synchronises with the device, and everything that takes a stream may run under stream capture.
-// The device of the streams must be current. Strides count bytes in sf_op and sf_pack_item, and
-// elements in sf_merge_args.
+// The device of the streams must be current. Strides count bytes, except in sf_merge_args, where
+// they count elements.
 #ifndef SWIFTFUSION_H_
 #define SWIFTFUSION_H_
 
@@ -127,6 +127,35 @@ typedef struct {
 
 // Copies all items in one launch; they must not overlap. Any src or dst may be a peer's memory.
 SF_API int sf_pack(const sf_pack_args* args, void* stream);
+
+// ---- Put -------------------------------------------------------------------------------------
+
+enum { SF_MAX_PUT_ITEMS = 16, SF_MAX_PUT_PEERS = 7 };
+
+// [batch, rows, heads] runs of head_bytes contiguous bytes, to every peer.
+typedef struct {
+  const void* src;
+  void* dst[SF_MAX_PUT_PEERS];           // the same strides at every peer
+  uint32_t* flag[SF_MAX_PUT_PEERS];      // set to 1 for a peer; all NULL: none
+  int64_t src_stride[3], dst_stride[3];  // bytes: batch, row, head
+  int32_t batch, rows, heads, head_bytes;
+} sf_put_item;
+
+typedef struct {
+  sf_put_item items[SF_MAX_PUT_ITEMS];
+  uint32_t* counters;  // this GPU's, one an item: 0 before and after, and no other launch's between
+  int32_t num_items, num_peers;
+  int32_t num_blocks;  // thread blocks, and so the most multiprocessors that it takes
+  int32_t reserved;
+} sf_put_args;
+
+// Copies the items, one after another, to each of num_peers peers in one launch; they must not
+// overlap. A peer that reads an item's flag as 1, with system-wide acquire, sees the bytes of that
+// item and of those before it, also while later ones still move. An empty item sets its flags too.
+//
+// The kernel waits for nothing. One behind it on the stream that waits for flags of peers must be
+// launched with programmatic stream serialization; csrc/put.cu has the rules.
+SF_API int sf_put(const sf_put_args* args, void* stream);
 
 #ifdef __cplusplus
 }

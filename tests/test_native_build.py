@@ -16,7 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swiftfusion_xdit.native import ABSOLUTE, Native, NativeError, Op, Place, build
-from swiftfusion_xdit.native.structs import MAX_PARTIALS, MergeArgs, PackArgs, binding_layout
+from swiftfusion_xdit.native.structs import (
+    MAX_PARTIALS,
+    MergeArgs,
+    PackArgs,
+    PutArgs,
+    PutItem,
+    binding_layout,
+)
 
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="nvcc is not installed")
 FLAG = Place(ABSOLUTE, 64)
@@ -135,11 +142,64 @@ def test_wrong_pack_arguments_are_refused(native: Native) -> None:
         native.check(native.library.sf_pack(ctypes.byref(args), None))
 
 
+def put_args(item: dict[str, object] | None = None, **changes: int) -> PutArgs:
+    """Arguments of `sf_put` with a nonempty item 1, valid but for what is named."""
+    fields: dict[str, object] = {
+        "src": 64,
+        "dst": (64,) * 3,
+        "batch": 1,
+        "rows": 1,
+        "heads": 1,
+        "head_bytes": 16,
+        **(item or {}),
+    }
+    args = PutArgs(**{"num_items": 2, "num_peers": 3, "num_blocks": 4, "counters": 64, **changes})
+    args.items[1] = PutItem(**fields)
+    return args
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (put_args(num_items=17), "num_items must be 0 to 16, got 17"),
+        (put_args(num_items=-1), "num_items must be 0 to 16, got -1"),
+        (put_args(num_peers=0), "num_peers must be 1 to 7, got 0"),
+        (put_args(num_peers=8), "num_peers must be 1 to 7, got 8"),
+        (put_args(num_blocks=0), "num_blocks must be 1 to 1024, got 0"),
+        (put_args(num_blocks=1025), "num_blocks must be 1 to 1024, got 1025"),
+        (put_args({"rows": -3}), "item 1 has a negative size: batch=1 rows=-3 heads=1"),
+        (put_args({"src": None}), "src of item 1 is NULL"),
+        (put_args({"dst": (64, 64)}), r"dst\[2\] of item 1 is NULL"),
+        (
+            put_args({"flag": (64, 0, 64)}),
+            "item 1 must have a flag at each of its 3 peers or at none, got 2",
+        ),
+        # The fourth peer does not count.
+        (put_args({"flag": (0, 0, 64, 64)}), "its 3 peers or at none, got 1"),
+        (put_args({"flag": (64,) * 3}, counters=0), "item 1 has flags, but counters is NULL"),
+        (
+            put_args({"rows": 0, "flag": (64,) * 3}, counters=0),
+            "item 1 has flags, but counters is NULL",
+        ),
+        (
+            put_args({"rows": 1 << 16, "heads": 1 << 16, "src": 65}),
+            "item 1 must have at most 2147483647 units of 1 bytes, got 68719476736",
+        ),
+    ],
+)
+def test_wrong_put_arguments_are_refused(native: Native, args: PutArgs, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^sf_put: .*{message}"):
+        native.put(args, stream=0)
+
+
 @needs_nvcc
 def test_nothing_to_do_needs_no_driver(native: Native) -> None:
     assert native.library.sf_merge(ctypes.byref(merge_args(rows=0)), None) == 0
     assert native.library.sf_pack(ctypes.byref(PackArgs(num_items=0)), None) == 0
     assert native.library.sf_pack(ctypes.byref(PackArgs(num_items=2)), None) == 0
+    native.put(put_args(num_items=0), stream=0)
+    native.put(put_args({"heads": 0, "src": None}, counters=0), stream=0)
 
 
 @needs_nvcc

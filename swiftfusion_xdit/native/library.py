@@ -20,6 +20,7 @@ from swiftfusion_xdit.native.structs import (
     MergeArgs,
     PackArgs,
     ProgramOptions,
+    PutArgs,
     binding_layout,
 )
 from swiftfusion_xdit.native.tensors import merge_args, merge_refusal, pack_item
@@ -69,6 +70,7 @@ class Native:
             "sf_program_run": (c_int, [c_void_p, c_int, c_int, table, c_int, handles, c_int]),
             "sf_merge": (c_int, [POINTER(MergeArgs), c_void_p]),
             "sf_pack": (c_int, [POINTER(PackArgs), c_void_p]),
+            "sf_put": (c_int, [POINTER(PutArgs), c_void_p]),
         }
         for name, (result, arguments) in signatures.items():
             try:
@@ -205,6 +207,25 @@ class Native:
         for i, (src, dst) in enumerate(pairs):
             args.items[i] = pack_item(i, src, dst)
         status = self.library.sf_pack(byref(args), stream)
+        if status:
+            self.raise_error(status)
+
+    def put(self, args: PutArgs, *, stream: int) -> None:
+        """Put strided blocks to up to 7 peers at once, and set flags, by one kernel.
+
+        It waits for nothing, and takes `num_blocks` multiprocessors at most. csrc/put.cu says how a
+        kernel that waits for such flags must be launched behind it.
+
+        Args:
+            args: read by this call only. The memory that it names must stay until the stream is
+                past the kernel; `counters` are 0 and for this launch alone.
+            stream: handle of a stream of the current device.
+
+        Raises:
+            ValueError: sizes or pointers that make no sense; the message names the item.
+            NativeError: the launch failed.
+        """
+        status = self.library.sf_put(byref(args), stream)
         if status:
             self.raise_error(status)
 

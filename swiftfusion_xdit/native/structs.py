@@ -11,6 +11,8 @@ from swiftfusion_xdit.native.ops import Op
 MAX_PARTIALS = 8
 MAX_HEAD_DIM = 256
 MAX_PACK_ITEMS = 16
+MAX_PUT_ITEMS = 16
+MAX_PUT_PEERS = 7
 
 
 class ProgramOptions(ctypes.Structure):
@@ -67,12 +69,43 @@ class PackArgs(ctypes.Structure):
     ]
 
 
+class PutItem(ctypes.Structure):
+    """``sf_put_item``."""
+
+    _fields_: ClassVar = [
+        ("src", c_void_p),
+        ("dst", c_void_p * MAX_PUT_PEERS),
+        ("flag", c_void_p * MAX_PUT_PEERS),
+        ("src_stride", c_int64 * 3),
+        ("dst_stride", c_int64 * 3),
+        ("batch", c_int32),
+        ("rows", c_int32),
+        ("heads", c_int32),
+        ("head_bytes", c_int32),
+    ]
+
+
+class PutArgs(ctypes.Structure):
+    """``sf_put_args``."""
+
+    _fields_: ClassVar = [
+        ("items", PutItem * MAX_PUT_ITEMS),
+        ("counters", c_void_p),
+        ("num_items", c_int32),
+        ("num_peers", c_int32),
+        ("num_blocks", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "sf_op": Op,
     "sf_program_options": ProgramOptions,
     "sf_merge_args": MergeArgs,
     "sf_pack_item": PackItem,
     "sf_pack_args": PackArgs,
+    "sf_put_item": PutItem,
+    "sf_put_args": PutArgs,
 }
 
 

@@ -43,6 +43,12 @@ def empty(
     return memory.permute([layout.index(x) for x in "bshd"])[:, :, pad_heads:]
 
 
+def storage(tensor: Tensor) -> Tensor:
+    """All of the memory behind a tensor, with what lies between its elements."""
+    num_bytes = tensor.untyped_storage().nbytes()
+    return tensor.as_strided((num_bytes // tensor.element_size(),), (1,), 0)
+
+
 def copy_ops(
     stream: int, src: tuple[int, Tensor], dst: tuple[int, Tensor], *, by_kernel: bool = False
 ) -> list[Op]:

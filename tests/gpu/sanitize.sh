@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # One allocation per tensor: torch's pool would hide what runs past the end of one.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 # Every branch of each kernel, in few cases: the tools slow kernels down many times.
-tests=(tests/gpu/test_native_merge.py tests/gpu/test_native_pack.py)
+tests=(tests/gpu/test_native_{merge,pack,put}.py)
 select='in_place or beside or no_say or bit_for_bit or sixteen or every_element
   or (weighted and (128 or 7-) and (dtype0-1 or dtype0-3 or dtype0-8))'
 for tool in memcheck racecheck synccheck; do

@@ -16,6 +16,7 @@ from tests.gpu.native_cases import (
     needs_gpu,
     needs_two_gpus,
     same_bits,
+    storage,
 )
 
 pytestmark = [*needs_gpu, pytest.mark.timeout(120)]
@@ -29,12 +30,6 @@ def handle(stream: torch.cuda.Stream) -> int:
 
 def flag_at(flags: Tensor, index: int) -> Place:
     return Place(ABSOLUTE, flags.data_ptr() + index * flags.element_size())
-
-
-def storage(tensor: Tensor) -> Tensor:
-    """All of the memory behind a tensor, with what lies between its elements."""
-    num_bytes = tensor.untyped_storage().nbytes()
-    return tensor.as_strided((num_bytes // tensor.element_size(),), (1,), 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
