@@ -8,6 +8,7 @@ are those of CPU tensors, so a copy or a flag that goes astray does so here too.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from swiftfusion_xdit.attention.fused import CHUNK_BITS, RemoteKeys
 from swiftfusion_xdit.attention.merge import merge
 from swiftfusion_xdit.native import Op
 from swiftfusion_xdit.native.ops import OpKind
-from swiftfusion_xdit.native.structs import MergeArgs
+from swiftfusion_xdit.native.structs import MergeArgs, PutArgs, PutItem
 
 Ready = Callable[[], bool]
 NAN = float("nan")
@@ -50,6 +51,7 @@ class Machine:
     )
     current: FakeStream = FakeStream(0)
     captured: list[Callable[[], None]] | None = None  # what a capture under way has got so far
+    puts: dict[int, list[bool]] = field(default_factory=dict)  # by stream: is the last put over?
     aliases: dict[int, int] = field(default_factory=dict)  # streams of a capture, in a replay
 
     @contextmanager
@@ -188,8 +190,42 @@ class FakeNative:
         self.machine.submit(lambda: enqueue(stream, "merge", lambda: _merge(args), lambda: True))
         return 0
 
+    def sf_put(self, reference: Any, stream: int) -> int:
+        self.machine.submit(partial(self._put, PutArgs.from_buffer_copy(reference._obj), stream))
+        return 0
+
+    def _put(self, args: PutArgs, stream: int) -> None:
+        """Starts in the order of its stream, goes on beside it, and is over when all is there."""
+        machine, over, has_started = self.machine, [False], [False]
+        stream = machine.aliases.get(stream, stream)
+        machine.puts[stream] = over
+        machine.enqueue(stream, "put", partial(has_started.__setitem__, 0, True), lambda: True)
+        beside = -1000 - stream
+        machine.enqueue(beside, "put starts", lambda: None, lambda: has_started[0])
+        message: list[PutItem] = []
+        for item in args.items[: args.num_items]:
+            message.append(item)
+            if item.flag[0]:
+                for peer, each in itertools.product(range(args.num_peers), message):
+                    machine.enqueue(beside, "put", partial(_put_item, each, peer), lambda: True)
+                message = []
+        machine.enqueue(beside, "put ends", partial(over.__setitem__, 0, True), lambda: True)
+
     def check(self, status: int) -> None:
         assert status == 0
+
+
+def _put_item(item: PutItem, peer: int) -> None:
+    for batch, row, head in itertools.product(
+        range(item.batch), range(item.rows), range(item.heads)
+    ):
+        src, dst = (
+            sum(i * step for i, step in zip((batch, row, head), strides, strict=True))
+            for strides in (item.src_stride, item.dst_stride)
+        )
+        ctypes.memmove(item.dst[peer] + dst, item.src + src, item.head_bytes)
+    if item.flag[peer]:
+        word(item.flag[peer]).value = 1
 
 
 def _merge(args: MergeArgs) -> None:
@@ -251,7 +287,7 @@ class StreamedBackend(CpuBackend):
         out: Tensor,
         remote: RemoteKeys,
     ) -> None:
-        heads = k.shape[2]
+        stream, heads = self.machine.aliases.get(stream, stream), k.shape[2]
         keys, values = (x.new_full((len(x), remote.num_keys, *x.shape[2:]), NAN) for x in (k, v))
         rows = remote.num_rows
         like = k.new_empty((len(k), rows, *k.shape[2:]))
@@ -298,4 +334,5 @@ class StreamedBackend(CpuBackend):
                 for flag in flags:
                     word(flag).value = value
 
-        self.machine.enqueue(stream, "fused ends", end, lambda: True)
+        over = self.machine.puts[stream] if remote.behind_puts else [True]
+        self.machine.enqueue(stream, "fused ends", end, lambda: over[0])

@@ -20,6 +20,7 @@ from swiftfusion_xdit.device_runtime import DeviceRunner, calls, graphs, scratch
 from swiftfusion_xdit.device_runtime.fused import FusedCall
 from swiftfusion_xdit.device_runtime.graphs import MOST_GRAPHS, LayerGraphs, wants_graphs
 from swiftfusion_xdit.device_runtime.program import STREAMS
+from swiftfusion_xdit.device_runtime.puts import PutCall, puts_by_kernel
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.native.ops import OpKind
 from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Plan, make_plan
@@ -206,7 +207,16 @@ FUSED = {  # rows of keys by rank; tiles have 128
     "own rows fill a tile up": (300, 170),
     "three ranks": (131, 290, 259),
     "two chunks begin in a tile": (300, 60, 291),
+    "all alike": (200, 200, 200),
 }
+
+
+@pytest.fixture(params=["engines", "kernel"])
+def puts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who puts where calls wait themselves: copy engines, or a kernel wherever it can."""
+    most = {"engines": 0, "kernel": 2**40}[request.param]
+    monkeypatch.setattr("swiftfusion_xdit.device_runtime.puts.MOST_KERNEL_BYTES", most)
+    return request.param
 
 
 def fused_plan(keys: tuple[int, ...], groups: int) -> Plan:
@@ -218,17 +228,19 @@ def fused_plan(keys: tuple[int, ...], groups: int) -> Plan:
 
 @pytest.mark.parametrize("keys", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_calls_that_wait_themselves(keys: tuple[int, ...], groups: int, machine: Machine) -> None:
+def test_calls_that_wait_themselves(
+    keys: tuple[int, ...], groups: int, puts: str, machine: Machine
+) -> None:
     for seed in range(3):
         check_layers(fused_plan(keys, groups), machine, seed)
 
 
-def test_fused_layers_as_replayed_graphs_follow_one_another(machine: Machine) -> None:
+def test_fused_layers_as_replayed_graphs_follow_one_another(puts: str, machine: Machine) -> None:
     for seed, parities in enumerate([(0, 0, 0, 0), (1, 1, 0, 0, 1), (0, 1, 1, 1, 0, 0)] * 2):
         check_layers(fused_plan((300, 170), 3), machine, seed, parities)
 
 
-def test_what_a_fused_call_read_goes_back_at_once(machine: Machine) -> None:
+def test_what_a_fused_call_read_goes_back_at_once(puts: str, machine: Machine) -> None:
     """A peer takes all slots by one flag: its streams wait for, and write, as few as they can."""
     plan = fused_plan((131, 290, 259), 3)
     runner = Ranks(plan, machine).runners[0]
@@ -237,10 +249,18 @@ def test_what_a_fused_call_read_goes_back_at_once(machine: Machine) -> None:
     writes = [op for op in ops if op.kind == OpKind.WRITE and op.dst_offset not in notes_of(runner)]
     num_peers, num_groups = 2, 3
     assert len(waits) == num_peers
-    assert len(writes) == num_peers * num_groups  # rows are there; the kernel gives slots back
-    (call,) = (
-        part for part in next(iter(runner._compiled.values())).parts if isinstance(part, FusedCall)
-    )
+    parts = next(iter(runner._compiled.values())).parts
+    told = [
+        flag
+        for part in parts
+        if isinstance(part, PutCall)
+        for item in part._args.items
+        for flag in item.flag
+        if flag
+    ]
+    num_told = {"engines": len(writes), "kernel": len(told)}  # rows are there
+    assert num_told == {"engines": 0, "kernel": 0} | {puts: num_peers * num_groups}
+    (call,) = (part for part in parts if isinstance(part, FusedCall))  # it gives slots back
     assert len(call._remote.clears) == num_peers * num_groups
     assert len(call._remote.frees) == num_peers
 
@@ -250,7 +270,27 @@ def notes_of(runner: DeviceRunner) -> set[int]:
     return {address for address, _ in (*notes.begin_notes(), *notes.end_notes())}
 
 
-def test_fused_calls_do_wait(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_kernel_puts(puts: str, machine: Machine) -> None:
+    """It needs one layout at all peers, and not too many of them."""
+
+    def by_kernel(keys: tuple[int, ...], groups: int = 3) -> bool:
+        return puts_by_kernel(fused_plan(keys, groups), rank=0)
+
+    assert by_kernel((200, 200, 200)) == (puts == "kernel")
+    assert not by_kernel((300, 60, 291))  # rows of samples lie farther apart at one of the two
+    assert not by_kernel((200,) * 9)  # too many peers
+
+
+def test_a_kernel_puts_on_the_stream_of_the_call(puts: str, machine: Machine) -> None:
+    """What starts beside the puts has to come right behind them."""
+    runner = Ranks(fused_plan((200, 200, 200), 3), machine).runners[0]
+    for compiled in runner._compiled.values():
+        calls = [type(part) for part in compiled.parts[-3:-1]]
+        streams = {op.stream for op in compiled.program.ops}
+        assert (calls == [PutCall, FusedCall]) == (streams == {0}) == (puts == "kernel")
+
+
+def test_fused_calls_do_wait(puts: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told of no flags, they read what is not there yet, in some order of the streams."""
     monkeypatch.setattr(FusedCall, "_begins", lambda self, runner: [0] * (170 // 128 + 1))
     with pytest.raises(AssertionError):

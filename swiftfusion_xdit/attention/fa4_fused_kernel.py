@@ -6,6 +6,9 @@ lie in a second pair of arrays, into which peers put their rows, farthest peer f
 first load from the rows of a peer the producer warp spins on that peer's flag for the head at hand,
 then fences, because the loads go through another path of the memory (TMA) than the flag.
 
+Where a kernel of few blocks puts this rank's own rows meanwhile, it is launched with programmatic
+stream serialization: as soon as those blocks have started, so that it cannot keep them out.
+
 It overrides what loads keys and values, and lets warp groups without rows pass by the products:
 tiles, masks, softmax and stores are the package's. The last block to have read all gives the slots
 back. Everything that a layer decides is a run-time argument, in ``AuxData.scalars``.
@@ -48,6 +51,7 @@ SCALARS = {
     "num_frees": Int32,
     "note": Int64,
     "deadline_ns": Int64,
+    "behind_puts": Int32,
 }
 
 _KERNEL_PARAMETERS = (
@@ -192,6 +196,16 @@ def _asm(text: str, constraints: str, result: Any, operands: list, loc: Any, ip:
     )
 
 
+class _StartsEarly:
+    """A kernel to launch, perhaps before the one in front of it has ended."""
+
+    def __init__(self, kernel: Any, if_set: Int32) -> None:
+        self._kernel, self._if_set = kernel, if_set
+
+    def launch(self, **how: Any) -> Any:
+        return self._kernel.launch(use_pdl=self._if_set, **how)
+
+
 class FusedForwardSm90(FlashAttentionForwardSm90):
     """The kernel; one compilation serves all lengths, strides, peers and layers."""
 
@@ -227,7 +241,8 @@ class FusedForwardSm90(FlashAttentionForwardSm90):
                 mX.iterator, cute.make_layout((told["num_keys"], *mX.shape[1:]), stride=mX.stride)
             )
         classes = [given.pop(name) for name in _CLASSES]
-        return self.fused_kernel(tuple(given.values()), tuple(second), *classes)
+        kernel = self.fused_kernel(tuple(given.values()), tuple(second), *classes)
+        return _StartsEarly(kernel, told["behind_puts"])
 
     @cute.kernel
     def fused_kernel(
@@ -263,7 +278,11 @@ class FusedForwardSm90(FlashAttentionForwardSm90):
 
     @cute.jit
     def give_back(self):
-        """Once this block's last keys and values have been read: `load` ends with a wait for it."""
+        """Once this block's last keys and values have been read: `load` ends with a wait for it.
+
+        Nor does this kernel end before the puts that it may have started beside.
+        """
+        cute.arch.griddepcontrol_wait()
         thread, _, _ = cute.arch.thread_idx()
         if thread == 0:  # of the warp that loads
             told = self.told
@@ -433,5 +452,6 @@ def arguments(
         len(remote.frees),
         remote.note,
         remote.deadline_ns,
+        int(remote.behind_puts),
     )
     return (q, k, v, out, None, scale, *_UNUSED, AuxData(None, scalars), None, None)

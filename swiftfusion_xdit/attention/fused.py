@@ -32,6 +32,8 @@ class RemoteKeys:
         frees: int64: addresses of uint32 at the writers that it then sets to 1.
         note: address of a uint32 in host memory; gets the name of a flag that is not set in time.
         deadline_ns: how long the kernel waits for a flag before it stops all work of its GPU.
+        behind_puts: whether the kernel before it on its stream is `sf_put`. It starts when all
+            blocks of that one have started, and ends after it.
     """
 
     k: int
@@ -45,3 +47,4 @@ class RemoteKeys:
     frees: Tensor
     note: int
     deadline_ns: int
+    behind_puts: bool = False

@@ -24,7 +24,10 @@ DEADLINE_GRACE_S = 60.0
 class FusedCall:
     """Attends this rank's queries with its own keys and with those that peers put meanwhile."""
 
-    def __init__(self, runner: DeviceRunner, parity: int, stream: int) -> None:
+    def __init__(
+        self, runner: DeviceRunner, parity: int, stream: int, *, behind_puts: bool
+    ) -> None:
+        """``behind_puts``: whether the launch before it on the stream is that of a PutCall."""
         self.stream = stream
         self.outputs: list[Output] = []
         self._backend = runner.backend
@@ -51,6 +54,7 @@ class FusedCall:
             frees=torch.tensor(given_back[1], dtype=torch.int64, device=device),
             note=runner.notes.stream_lane_address(-1),
             deadline_ns=int((runner.timeout_s + DEADLINE_GRACE_S) * 1e9),
+            behind_puts=behind_puts,
         )
 
     def _begins(self, runner: DeviceRunner) -> list[int]:
@@ -100,7 +104,8 @@ class FusedCall:
         """Run once, off the record, without a flag: loads the kernel."""
         remote, nothing = self._remote, self._remote.clears[:0]
         begins = torch.zeros_like(remote.begins)
-        self._run(layer, replace(remote, begins=begins, clears=nothing, frees=nothing))
+        alone = replace(remote, begins=begins, clears=nothing, frees=nothing, behind_puts=False)
+        self._run(layer, alone)
 
     def repeats(self, scale: float) -> bool:
         """As of an AttendCall."""

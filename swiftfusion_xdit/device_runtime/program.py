@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from swiftfusion_xdit.comm.stream import StreamBuffer
 from swiftfusion_xdit.device_runtime.calls import AttendCall, MergeCall, Output
 from swiftfusion_xdit.device_runtime.fused import FusedCall
+from swiftfusion_xdit.device_runtime.puts import PutCall, puts_by_kernel
 from swiftfusion_xdit.native import ABSOLUTE, Op, Place, Program
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule.hazards import dependencies
@@ -35,7 +36,7 @@ INPUTS = ("q", "k", "v")
 ASIDE = 1  # compute2: a stream that waits for peers before it does anything else
 OUT = 3  # bases: q, k, v, the result, then finished outputs
 Strides = tuple[tuple[int, ...], ...]
-Call = AttendCall | MergeCall | FusedCall
+Call = AttendCall | MergeCall | PutCall | FusedCall
 _Flagged = TypeVar("_Flagged", Put, Release)
 
 
@@ -61,6 +62,9 @@ class Compiler:
         self.parity = parity
         self.strides = dict(zip(INPUTS, strides, strict=True))
         self.program = runner.program
+        # Then everything follows one another on one stream.
+        self.puts_by_kernel = puts_by_kernel(self.plan, runner.rank)
+        self.aside = 0 if self.puts_by_kernel else ASIDE
         assert isinstance(runner.buffer, StreamBuffer)
         self.buffer = runner.buffer
         self.ops: list[Op] = []
@@ -77,7 +81,7 @@ class Compiler:
 
     def compile(self) -> Compiled:
         steps = self.program.steps
-        needed = dependencies(self.program)
+        needed = [()] * len(steps) if self.puts_by_kernel else dependencies(self.program)
         recorded_after = {index for indices in needed for index in indices}
         events: dict[int, int] = {}
         self._fork()
@@ -89,7 +93,7 @@ class Compiler:
             self._run([steps[index] for index in run])
             for index in run:
                 if index in recorded_after:
-                    events[index] = self._record(STREAMS.index(steps[index].stream))
+                    events[index] = self._record(self._stream(steps[index]))
         self._join()
         self._cut()
         program = self.runner.native.program(self.ops)
@@ -99,7 +103,8 @@ class Compiler:
     def _run(self, steps: list[Step]) -> None:
         (first, *_) = steps
         if isinstance(first, Put):
-            self._put([step for step in steps if isinstance(step, Put)])
+            if not self.puts_by_kernel:  # else all go with the fused call
+                self._put([step for step in steps if isinstance(step, Put)])
         elif isinstance(first, Attend):
             if not first.fused:
                 self._attend(first)
@@ -109,6 +114,9 @@ class Compiler:
             self._merge(first)
         else:
             self._step(first)
+
+    def _stream(self, step: Step) -> int:
+        return 0 if self.puts_by_kernel else STREAMS.index(step.stream)
 
     def _cut(self) -> None:
         """Operations so far go out together, before what follows."""
@@ -128,7 +136,7 @@ class Compiler:
             self.outputs[chunk, heads] = _Array(Place(base, 0), shape, strides)
 
     def _attend(self, step: Attend) -> None:
-        stream, lengths = STREAMS.index(step.stream), self.plan.shape.query_lengths
+        stream, lengths = self._stream(step), self.plan.shape.query_lengths
         call = AttendCall(self.runner, step, self.parity, stream)
         self._call(call, sum(lengths[chunk] for chunk in step.queries))
 
@@ -138,8 +146,8 @@ class Compiler:
         Every put of the layer has been enqueued by now: the kernel keeps the GPU to itself until
         its peers have sent theirs, and these wait for nothing of it.
         """
-        stream, rank = STREAMS.index(step.stream), self.runner.rank
-        call = FusedCall(self.runner, self.parity, stream)
+        stream, rank = self._stream(step), self.runner.rank
+        call = FusedCall(self.runner, self.parity, stream, behind_puts=self.puts_by_kernel)
         for tensor in ("k", "v"):
             array = self._at(rank, self.plan.layouts[rank].array(tensor, self.parity))
             batch, rows, heads, dim = array.shape
@@ -148,11 +156,14 @@ class Compiler:
             place = Place(ABSOLUTE, array.at.offset + skipped)
             source = _Array(Place(INPUTS.index(tensor), 0), shape, self.strides[tensor])
             self._local_copy(stream, source, _Array(place, shape, array.strides))
+        if self.puts_by_kernel:
+            strides = tuple(self.strides[tensor] for tensor in INPUTS)
+            self._call(PutCall(self.runner, self.parity, strides, stream), 0)
         self._call(call, 0)
 
     def _merge(self, step: Merge) -> None:
         """Partials are merged by a kernel; a single one needs none, and goes home by a copy."""
-        stream = STREAMS.index(step.stream)
+        stream = self._stream(step)
         for chunk in step.queries:
             key = (chunk, step.heads)
             if self.runner.program.num_partials[key] > 1:
@@ -163,7 +174,7 @@ class Compiler:
                 self._local_copy(stream, self.outputs[key], result)
 
     def _side_streams(self) -> list[int]:
-        return sorted({ASIDE, *(STREAMS.index(step.stream) for step in self.program.steps)} - {0})
+        return sorted({self.aside, *map(self._stream, self.program.steps)} - {0})
 
     def _fork(self) -> None:
         event = self._record(0)
@@ -182,15 +193,15 @@ class Compiler:
         for step in self._message_ends(Put):
             back = self.plan.return_block(self.runner.rank, step.peer, step.block)
             if step.block.tensor != "o" and step.block == back:
-                taken[STREAMS.index(step.stream)].append(self._own_flag(step))
+                taken[self._stream(step)].append(self._own_flag(step))
         for stream, flags in taken.items():
             self.ops += [Op.wait(stream, flag) for flag in flags]
             self.ops += [Op.clear(stream, flag) for flag in flags]
-        self._note(ASIDE, self.runner.notes.begin_notes())
+        self._note(self.aside, self.runner.notes.begin_notes())
         for release in self._message_ends(Release):
             if release.block.tensor == "o":
-                self._release(ASIDE, release.block, release.peer)
-        self.offered = self._record(ASIDE)
+                self._release(self.aside, release.block, release.peer)
+        self.offered = self._record(self.aside)
 
     def _message_ends(self, kind: type[_Flagged]) -> Iterator[_Flagged]:
         """Steps of one kind, one for each message."""
@@ -217,7 +228,7 @@ class Compiler:
         return event
 
     def _wait_event(self, step: Step, event: int) -> None:
-        self.ops.append(Op.wait_event(STREAMS.index(step.stream), event))
+        self.ops.append(Op.wait_event(self._stream(step), event))
 
     def _put(self, steps: list[Put]) -> None:
         """One message, when it is its turn: all copies, then its flags.
@@ -225,7 +236,7 @@ class Compiler:
         FREE is cleared before FULL tells the peer that it may give the slots back.
         """
         plan, parity = self.plan, self.parity
-        stream, end = STREAMS.index(steps[0].stream), steps[-1]
+        stream, end = self._stream(steps[0]), steps[-1]
         message = Message(self.runner.rank, end.peer, end.block)
         if end.block.tensor == "o":
             free = self._own_flag(end)
@@ -246,7 +257,7 @@ class Compiler:
 
     def _step(self, step: Step) -> None:
         rank, plan, parity = self.runner.rank, self.plan, self.parity
-        stream = STREAMS.index(step.stream)
+        stream = self._stream(step)
         if isinstance(step, Copy):
             own = plan.layouts[rank].slot(step.block, parity)
             self._local_copy(stream, self._input(step.block), self._at(rank, own))
@@ -274,7 +285,7 @@ class Compiler:
         block = self.plan.message_block(self.runner.rank, step.block)
         if (stream, block) not in self.waited:
             self.waited.add((stream, block))
-            if block.tensor == "o" and stream != ASIDE:
+            if block.tensor == "o" and stream != self.aside:
                 # Until the slot is offered, FULL is still that of the layer before the last.
                 self.ops.append(Op.wait_event(stream, self.offered))
             self.ops.append(Op.wait(stream, self._own_flag(replace(step, block=block))))
