@@ -4,9 +4,9 @@
 
 GPUs push at once, each the same amount, from one process, in CUDA graphs. "Peers in turn" is what
 a layer over more than two GPUs does: copies to the next rank, the one after it, and so on. In step:
-a GPU turns to its next peer when its own message of the turn has arrived (as layers do, see
-`schedule/turns.py`), or when that peer's has, from whoever pushes to it before. The first GPU alone
-shows whether it is the engine or the links that take their time.
+a GPU turns to its next peer when its own message of the turn has arrived, or when that peer's has,
+from whoever pushes to it before (as layers do, see `schedule/turns.py`). The first GPU alone shows
+whether it is the engine or the links that take their time.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ class Plan:
 
     @cached_property
     def turns(self) -> dict[Message, Message]:
-        """Of each message that keeps turns: the one that its writer lets arrive before."""
+        """Of each message that keeps turns: the one to its peer that its writer lets arrive."""
         return {
             message: before
             for message, before in turns(self.schedule).items()
@@ -310,12 +310,17 @@ class Plan:
         return found
 
     @cached_property
+    def next_writers(self) -> dict[Message, int]:
+        """Of each message that has to arrive before another: the rank that puts the other."""
+        return {before: message.writer for message, before in self.turns.items()}
+
+    @cached_property
     def turn_flags(self) -> tuple[dict[Message, int], ...]:
-        """Per rank: the number of the TURN flag of each message that it lets arrive."""
-        return tuple(
-            {before: i for i, before in enumerate(b for b in self.turns.values() if b.peer == rank)}
-            for rank in range(self.mesh.size)
-        )
+        """Per rank: the number of the TURN flag of each message that it lets arrive first."""
+        awaited: list[list[Message]] = [[] for _ in range(self.mesh.size)]
+        for before, rank in self.next_writers.items():
+            awaited[rank].append(before)
+        return tuple({before: i for i, before in enumerate(each)} for each in awaited)
 
     @cached_property
     def _num_flags(self) -> tuple[int, int, int]:
@@ -338,9 +343,9 @@ class Plan:
         return begin + self.free_flags[writer][peer, block]
 
     def turn_flag(self, message: Message, parity: int) -> int:
-        """Index, at its peer, of the flag that says that this message has arrived there."""
+        """Index, at the rank that waits for it, of the flag that says that ``message`` arrived."""
         begin = parity * sum(self._num_flags) + sum(self._num_flags[:2])
-        return begin + self.turn_flags[message.peer][message]
+        return begin + self.turn_flags[self.next_writers[message]][message]
 
 
 def make_plan(

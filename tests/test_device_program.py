@@ -26,6 +26,7 @@ from swiftfusion_xdit.native.ops import OpKind
 from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Plan, make_plan
 from swiftfusion_xdit.runtime import Layer
 from swiftfusion_xdit.schedule import build
+from swiftfusion_xdit.schedule.turns import Message
 from swiftfusion_xdit.topology import Topology
 from tests.meshes import meshes_of
 from tests.sp_cases import uneven
@@ -339,16 +340,21 @@ def long_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swiftfusion_xdit.plan.LEAST_TURN_BYTES", 0)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "mesh", "groups"),
-    [
-        *((name, mesh, 1) for name in ("torus", "folded") for mesh in MESHES if mesh.size > 2),
-        *(("pipelined", mesh, 2) for mesh in MESHES if mesh.size > 2),
-        ("fused", Mesh(ring=3), 3),
-        ("fused", Mesh(ring=4), 2),
-    ],
-    ids=str,
-)
+TURNS = [
+    *((name, mesh, 1) for name in ("torus", "folded") for mesh in MESHES if mesh.size > 2),
+    *(("pipelined", mesh, 2) for mesh in MESHES if mesh.size > 2),
+    ("fused", Mesh(ring=3), 3),
+    ("fused", Mesh(ring=4), 2),
+]
+
+
+def plan_with_turns(schedule: str, mesh: Mesh, groups: int) -> Plan:
+    if schedule == "fused":
+        return fused_plan(uneven(200 * mesh.size + 1, mesh.size), groups)
+    return plan_of(schedule, mesh, groups)
+
+
+@pytest.mark.parametrize(("schedule", "mesh", "groups"), TURNS, ids=str)
 @pytest.mark.parametrize("parities", [(0, 1, 0, 1, 0), (0, 0, 0, 1, 1)], ids=str)
 def test_ranks_that_keep_turns(
     schedule: str,
@@ -358,15 +364,59 @@ def test_ranks_that_keep_turns(
     long_messages: None,
     machine: Machine,
 ) -> None:
-    keys = uneven(200 * mesh.size + 1, mesh.size)
-    plan = fused_plan(keys, groups) if schedule == "fused" else plan_of(schedule, mesh, groups)
+    plan = plan_with_turns(schedule, mesh, groups)
     assert plan.turns or mesh.ring * mesh.ulysses <= 2 >= mesh.torus
     for seed in range(2):
         check_layers(plan, machine, seed, parities)
 
 
+def times_told(plan: Plan, machine: Machine, message: Message, num_layers: int) -> int:
+    """How often an arrival is told in layers with the same slots, if who waits never gets on."""
+    ranks, waiter = Ranks(plan, machine), plan.next_writers[message]
+    buffer: Any = ranks.runners[waiter].buffer
+    flag = buffer.flag_address(plan.turn_flag(message, 0), waiter)
+    told, alive = [0], list[Any]()
+    program = FakeProgram._meaning
+
+    def held(self: FakeProgram, op: Any, kind: OpKind, src: int, dst: int) -> Any:
+        run, ready = program(self, op, kind, src, dst)
+        if kind == OpKind.WRITE and dst == flag:
+
+            def tell() -> None:
+                told[0] += 1
+                run()
+
+            return tell, ready
+        return run, (lambda: False) if kind == OpKind.WAIT and src == flag else ready
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeProgram, "_meaning", held)
+        for _ in range(num_layers):
+            for runner in ranks.runners:
+                runner._num_layers = 0
+                mine = rows(plan, runner.rank, seed=0)
+                alive += [*mine, runner.run(*mine, scale=0.3)]
+        with pytest.raises(AssertionError):
+            machine.drain()
+    machine.queues.clear()
+    return told[0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mesh", "groups"), [*TURNS, ("usp", Mesh(ulysses=4), 1)], ids=str
+)
+def test_no_arrival_is_told_again_before_the_wait_for_it(
+    schedule: str, mesh: Mesh, groups: int, long_messages: None, machine: Machine
+) -> None:
+    """A flag does not count: what is told twice before a wait is lost to the wait after it."""
+    plan = plan_with_turns(schedule, mesh, groups)
+    for message in plan.turn_flags[0]:
+        told = times_told(plan, machine, message, num_layers=2)
+        assert told == 1, f"{message} told {told} times to rank 0, which still waits for it"
+
+
 def copies_out_of_turn(plan: Plan, machine: Machine, seed: int) -> int:
-    """Of one layer: copies to a peer while the sender's own arrival of the turn before is due."""
+    """Of one layer: copies to a peer while another rank's of the turn before to it are due."""
     machine.seed = seed
     ranks = Ranks(plan, machine)
     starts = [memory.data_ptr() for memory in ranks.memories]
@@ -388,7 +438,7 @@ def copies_out_of_turn(plan: Plan, machine: Machine, seed: int) -> int:
         due[peer, number] = due.get((peer, number), 0) + 1
 
         def copy() -> None:
-            found[0] += bool(due.get((writer, number - 1)))
+            found[0] += bool(due.get((peer, number - 1)))
             due[peer, number] -= 1
             run()
 
@@ -425,7 +475,8 @@ def test_short_messages_keep_no_turns() -> None:
 def test_the_watchdog_knows_the_turns(long_messages: None, machine: Machine) -> None:
     runner = Ranks(plan_of("torus", Mesh(ring=4)), machine).runners[1]
     named = [(flag.name, peer) for flag, peer in runner._own_flags() if "TURN" in flag.name]
-    assert named == 2 * [(f"TURN of v[chunk {peer}, heads 0]", peer) for peer in (0, 3)]
+    # Rank 2 is one turn ahead with each peer that rank 1 goes on to.
+    assert named == 2 * [(f"TURN of v[chunk 2, heads 0] at rank {peer}", 2) for peer in (3, 0)]
 
 
 def check_repeated(

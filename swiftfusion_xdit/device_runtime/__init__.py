@@ -115,11 +115,11 @@ class DeviceRunner(LayerRunner):
             )
             == step.block
         ]
-        return flags + [
-            (Flag(self.plan.turn_flag(message, parity), f"TURN of {message.last}"), message.writer)
-            for parity in range(NUM_PARITIES)
-            for message in self.plan.turn_flags[self.rank]
-        ]
+        for parity in range(NUM_PARITIES):
+            for message in self.plan.turn_flags[self.rank]:
+                name = f"TURN of {message.last} at rank {message.peer}"
+                flags.append((Flag(self.plan.turn_flag(message, parity), name), message.writer))
+        return flags
 
     def run(
         self,

@@ -249,11 +249,13 @@ class Compiler:
             self._copy(stream, self._source(step.block), self._at(end.peer, slot))
         full = plan.full_flag(end.peer, end.block, parity)
         self.ops.append(Op.write(stream, self._flag_place(full, end.peer)))
-        if message in plan.turn_flags[end.peer]:
+        if message in plan.next_writers:
             self.ops.append(Op.write(stream, self._turn_flag(message)))
 
     def _turn_flag(self, message: Message) -> Place:
-        return self._flag_place(self.plan.turn_flag(message, self.parity), message.peer)
+        """What tells the next writer to the peer of a message that it has arrived there."""
+        flag = self.plan.turn_flag(message, self.parity)
+        return self._flag_place(flag, self.plan.next_writers[message])
 
     def _step(self, step: Step) -> None:
         rank, plan, parity = self.runner.rank, self.plan, self.parity

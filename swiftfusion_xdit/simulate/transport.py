@@ -97,9 +97,10 @@ CONSTANTS = Constants()
 # is 33 us beyond the link's latency, then 0.81 of what copy engines reach.
 NCCL_START_US = 33.0
 NCCL_INSIDE = PathUse(0.81, NCCL_START_US)
-# Four H200 that push 24 MiB to three peers in turn reach 213 to 216 GB/s each where to one they
-# reach 368; 6 MiB, 211 to 231 and 324 to 330 (benchmarks/results/peer_copies.json). One alone that
-# does so reaches 351 (puts_to_several_peers.md): the links are shared, not the engine.
+# Four H200 that push 24 MiB to three peers in turn reach 207 to 211 GB/s each, 230 to 241 in step,
+# where to one they reach 358 to 362; 6 MiB, 227 to 240 and 319 to 325. One alone that pushes 24 MiB
+# to three reaches 362 to 366: the links are shared, not the engine
+# (benchmarks/results/peer_copies.json).
 ONE_SIDED_INSIDE = PathUse(several_peers=0.57)
 # Between the kernels of two layers, on two H100 in a CUDA graph. A fused one gives slots back.
 ONE_SIDED_LAYER_US, FUSED_LAYER_US = 20.0, 8.0
