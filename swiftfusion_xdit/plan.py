@@ -23,7 +23,7 @@ from swiftfusion_xdit.mesh import (
 )
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule import build
-from swiftfusion_xdit.schedule.fused import fused_groups
+from swiftfusion_xdit.schedule.fused import by_kernel, fused_groups
 from swiftfusion_xdit.schedule.messages import messages
 from swiftfusion_xdit.schedule.steps import (
     Attend,
@@ -73,6 +73,17 @@ class AttentionShape:
         if self.wire == "fp8":
             return wire.row_bytes(self.head_dim), torch.uint8
         return self.head_dim, self.dtype
+
+    @property
+    def puts_by_kernel(self) -> bool:
+        """Whether a kernel puts what fused calls read, rather than copy engines."""
+        return by_kernel(
+            batch=self.batch,
+            key_lengths=self.key_lengths,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            itemsize=self.dtype.itemsize,
+        )
 
     def lengths(self, tensor: TensorName) -> tuple[int, ...]:
         """Rows of every chunk of a tensor."""
@@ -398,6 +409,7 @@ def make_plan(
             shape.num_kv_heads,
             wanted=groups_per_rank,
             heads_at_once=num_units / _tiles_per_head(shape, max(shape.query_lengths)),
+            put_by_kernel=shape.puts_by_kernel,
         )
     choose_mesh = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}[strategy]
     mesh = mesh or choose_mesh(topology, shape.num_heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -40,6 +41,8 @@ from tests.stream_machine import (
     word,
 )
 
+# The package has a function of this name.
+FUSED_SCHEDULE = importlib.import_module("swiftfusion_xdit.schedule.fused")
 HEADS, KV_HEADS, DIM, BATCH = 8, 8, 8, 2
 MESHES = [*meshes_of(2), *meshes_of(4), Mesh(2, 2, 2), Mesh(3, 1, 2), Mesh(1, 3, 2), Mesh(2, 2, 1)]
 
@@ -216,7 +219,7 @@ FUSED = {  # rows of keys by rank; tiles have 128
 def puts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who puts where calls wait themselves: copy engines, or a kernel wherever it can."""
     most = {"engines": 0, "kernel": 2**40}[request.param]
-    monkeypatch.setattr("swiftfusion_xdit.device_runtime.puts.MOST_KERNEL_BYTES", most)
+    monkeypatch.setattr(FUSED_SCHEDULE, "MOST_KERNEL_BYTES", most)
     return request.param
 
 
@@ -336,8 +339,9 @@ def test_the_machine_notices_what_is_missing(kind: OpKind, machine: Machine) -> 
 
 @pytest.fixture
 def long_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every message is worth keeping turns for."""
+    """Every message is worth keeping turns for, and none is put by a kernel."""
     monkeypatch.setattr("swiftfusion_xdit.plan.LEAST_TURN_BYTES", 0)
+    monkeypatch.setattr(FUSED_SCHEDULE, "MOST_KERNEL_BYTES", 0)
 
 
 TURNS = [

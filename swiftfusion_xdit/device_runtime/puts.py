@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from swiftfusion_xdit.device_runtime import DeviceRunner
     from swiftfusion_xdit.device_runtime.program import Strides
 
-NUM_BLOCKS = 16  # of the kernel, a unit each until all is put
-# What a rank has to put to each peer, beyond which copy engines do it.
-MOST_KERNEL_BYTES = 16 * 2**20
+NUM_BLOCKS = 12  # of the kernel, a unit each until all is put: fewer do not fill the links
 
 
 class PutCall:
@@ -100,18 +98,15 @@ def puts_by_kernel(plan: Plan, rank: int) -> bool:
 
     Every peer must get the same blocks, into slots of the same strides.
     """
-    program = plan.schedule.programs[rank]
-    if not program.fused_calls:
+    if not plan.schedule.programs[rank].fused_calls or not plan.shape.puts_by_kernel:
         return False
     blocks = _to_all_peers(plan, rank)
-    num_bytes = 0
+    first = 0 if plan.shape.batch > 1 else 1
     for block, peers, _ in blocks:
-        slots = [plan.layouts[peer].slot(block, 0) for peer in peers]
-        first = 0 if plan.shape.batch > 1 else 1
-        if len(peers) > MAX_PUT_PEERS or len({slot.stride[first:] for slot in slots}) > 1:
+        strides = {plan.layouts[peer].slot(block, 0).stride[first:] for peer in peers}
+        if len(peers) > MAX_PUT_PEERS or len(strides) > 1:
             return False
-        num_bytes += slots[0].num_bytes
-    return len(blocks) <= MAX_PUT_ITEMS and num_bytes <= MOST_KERNEL_BYTES
+    return len(blocks) <= MAX_PUT_ITEMS
 
 
 def _to_all_peers(plan: Plan, rank: int) -> list[tuple[Block, tuple[int, ...], bool]]:

@@ -157,7 +157,9 @@ def schedules_on(
             continue  # the same steps as `torus`
         if name == "fused":
             if mesh.num_head_groups == 1 < mesh.size:
-                groups, _ = fused_groups(shape.num_heads, shape.num_kv_heads)
+                groups, _ = fused_groups(
+                    shape.num_heads, shape.num_kv_heads, put_by_kernel=shape.puts_by_kernel
+                )
                 yield Candidate(strategy, mesh, name, groups)
             continue
         if name != "pipelined":

@@ -13,16 +13,35 @@ tiles wait for next to nothing, and those that do wait take fewer tiles in the e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.program_builder import ProgramBuilder
 from swiftfusion_xdit.schedule.steps import Program
 
 MOST_GROUPS = 4
+# Of keys and values of a rank, which go to every peer: up to here a kernel of few blocks puts them
+# in less time than copy engines, which need some microseconds for each message. Beyond, the units
+# that it takes are missed.
+MOST_KERNEL_BYTES = 16 * 2**20
+KERNEL_GROUPS = 6  # then, as a message costs next to nothing
+
+
+def by_kernel(
+    *, batch: int, key_lengths: Sequence[int], num_kv_heads: int, head_dim: int, itemsize: int
+) -> bool:
+    """Whether the puts of such a layer are short enough for a kernel, on all ranks."""
+    row_bytes = 2 * num_kv_heads * head_dim * itemsize
+    return batch * max(key_lengths) * row_bytes <= MOST_KERNEL_BYTES
 
 
 def fused_groups(
-    num_heads: int, num_kv_heads: int, *, wanted: int = 0, heads_at_once: float = 0
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    wanted: int = 0,
+    heads_at_once: float = 0,
+    put_by_kernel: bool = False,
 ) -> tuple[int, int]:
     """(head groups, heads of the first and the last, see ``mesh.head_group_sizes``).
 
@@ -30,9 +49,9 @@ def fused_groups(
         wanted: how many groups, if there are as many heads; 0 leaves it open.
         heads_at_once: whose tiles a GPU takes up together; 0 if unknown.
     """
-    groups = min(wanted or MOST_GROUPS, num_kv_heads)
+    groups = min(wanted or (KERNEL_GROUPS if put_by_kernel else MOST_GROUPS), num_kv_heads)
     if num_kv_heads == num_heads:
-        return groups, 0 if wanted else math.ceil(heads_at_once / 4)
+        return groups, 0 if wanted or put_by_kernel else math.ceil(heads_at_once / 4)
     # Query heads that share keys stay together.
     return max(n for n in range(1, groups + 1) if num_kv_heads % n == 0), 0
 

@@ -64,7 +64,9 @@ class Setting:
             return 0.0
         path = self.cluster.inside if link is LinkClass.SAME_MACHINE else self.cluster.across
         assert path is not None, "a cluster of several machines has a path across"
-        return path.latency_us + self.use(link).start_us
+        use = self.use(link)
+        latency_us = path.latency_us if use.latency_us is None else use.latency_us
+        return latency_us + use.start_us
 
 
 @dataclass

@@ -18,17 +18,23 @@ class PathUse:
         start_us: what an operation costs before bytes move, beyond the link's own latency: of a
             one-sided put, or of a whole group of sends and receives.
         message_us: what each further message of such a group adds.
+        latency_us: of an operation, where it is not the link's.
     """
 
     fraction: float = 1.0
     start_us: float = 0.0
     message_us: float = 0.0
     several_peers: float = 1.0
+    latency_us: float | None = None
 
     def __post_init__(self) -> None:
         require_positive("path use", fraction=self.fraction, several_peers=self.several_peers)
         require_positive(
-            "path use", allow_zero=True, start_us=self.start_us, message_us=self.message_us
+            "path use",
+            allow_zero=True,
+            start_us=self.start_us,
+            message_us=self.message_us,
+            latency_us=self.latency_us or 0.0,
         )
 
 
@@ -102,6 +108,8 @@ NCCL_INSIDE = PathUse(0.81, NCCL_START_US)
 # to three reaches 362 to 366: the links are shared, not the engine
 # (benchmarks/results/peer_copies.json).
 ONE_SIDED_INSIDE = PathUse(several_peers=0.57)
+# The same by a kernel of few blocks, for fused layers whose puts are short.
+BY_KERNEL_INSIDE = PathUse(0.7, latency_us=0.3)
 # Between the kernels of two layers, on two H100 in a CUDA graph. A fused one gives slots back.
 ONE_SIDED_LAYER_US, FUSED_LAYER_US = 20.0, 8.0
 NCCL_UNITS = 16  # blocks of a point-to-point kernel
@@ -117,6 +125,11 @@ def one_sided(constants: Constants = CONSTANTS, *, barriers: bool = False) -> Tr
         barriers=barriers,
         layer_us=ONE_SIDED_LAYER_US,
     )
+
+
+def by_kernel(transport: Transport) -> Transport:
+    """Puts inside a machine by a kernel beside the fused call that needs those of others."""
+    return dataclasses.replace(transport, inside=BY_KERNEL_INSIDE)
 
 
 def nccl(constants: Constants = CONSTANTS) -> Transport:
