@@ -1,9 +1,9 @@
 // Puts the same strided blocks to several peers with one kernel of few thread blocks, and tells
 // each peer by a flag what is there.
 //
-// Peers have their turns within each message, nearest first: so what is wanted first comes first,
-// and ranks that keep in step are each put to by one other. A turn is short: ranks that fall out of
-// step meet at a peer for some microseconds only.
+// Every unit is loaded once and stored to every peer. The blocks begin with different peers, so
+// that the links to all of them are busy. One peer after another, each message at a time, was
+// slower: ranks fall out of step and meet at a peer.
 //
 // It runs while an attention kernel waits for such flags on the other multiprocessors. Ranks would
 // wait for one another forever if that kernel held all multiprocessors and kept this one off them.
@@ -21,8 +21,7 @@
 
 namespace {
 
-constexpr int kThreads = 512;  // that copy; one more warp tells peers
-constexpr int kWarpSize = 32;
+constexpr int kThreads = 512;
 constexpr int kUnitsPerThread = 8;  // loads in flight before the first store
 constexpr int kMaxBlocks = 1024;
 
@@ -53,59 +52,63 @@ __device__ __forceinline__ void set_flag(uint32_t* flag) {
 }
 
 template <typename Unit>
-__device__ __forceinline__ void put_item(const Item& item, uint32_t peer) {
+__device__ __forceinline__ void put_item(const Item& item, uint32_t first_peer,
+                                         uint32_t num_peers) {
   const uint32_t num_units = item.shape.num_units, step = gridDim.x * kThreads;
-  char* const to = item.dst[peer];
   for (uint32_t first = blockIdx.x * kThreads + threadIdx.x; first < num_units;
        first += kUnitsPerThread * step) {
     Unit value[kUnitsPerThread];
-    Unit* dst[kUnitsPerThread];
+    int64_t dst_offset[kUnitsPerThread];
 #pragma unroll
     for (int i = 0; i < kUnitsPerThread; ++i) {
       const uint32_t unit = first + i * step;
       if (unit >= num_units) break;
-      int64_t src_offset, dst_offset;
-      sf::locate<Unit>(item.shape, unit, &src_offset, &dst_offset);
-      dst[i] = reinterpret_cast<Unit*>(to + dst_offset);
-      // Not a streaming load: other peers and attention read the same bytes.
+      int64_t src_offset;
+      sf::locate<Unit>(item.shape, unit, &src_offset, &dst_offset[i]);
+      // Not a streaming load: attention may read the same bytes, and should find them in the cache.
       value[i] = *reinterpret_cast<const Unit*>(item.src + src_offset);
     }
+    uint32_t peer = first_peer;
+#pragma unroll 1
+    for (uint32_t j = 0; j < num_peers; ++j) {
+      char* const dst = item.dst[peer];
 #pragma unroll
-    for (int i = 0; i < kUnitsPerThread; ++i) {
-      if (first + i * step < num_units) *dst[i] = value[i];
+      for (int i = 0; i < kUnitsPerThread; ++i) {
+        if (first + i * step < num_units) *reinterpret_cast<Unit*>(dst + dst_offset[i]) = value[i];
+      }
+      peer = peer + 1 == num_peers ? 0 : peer + 1;
     }
   }
 }
 
 // By one thread of each block, behind a barrier that all its threads reach after their stores. The
-// last block to come sets the flag, so no block waits for another.
-__device__ __forceinline__ void signal(uint32_t* flag, uint32_t* counter) {
-  fence_system();  // this block's stores until now, then its count
+// last block to come sets the flags, so no block waits for another.
+__device__ __forceinline__ void signal(const Item& item, uint32_t* counter, uint32_t first_peer,
+                                       uint32_t num_peers) {
+  fence_system();  // this block's stores of this item and of those before it, then its count
   if (atomicAdd(counter, 1) != gridDim.x - 1) return;
   *counter = 0;
-  fence_system();  // every block's count, and so its stores, then the flag
-  set_flag(flag);
+  fence_system();  // every block's count, and so its stores, then the flags
+  uint32_t peer = first_peer;
+#pragma unroll 1
+  for (uint32_t j = 0; j < num_peers; ++j) {
+    // The fence makes this a release; a release of its own each would wait for the flag before it.
+    set_flag(item.flag[peer]);
+    peer = peer + 1 == num_peers ? 0 : peer + 1;
+  }
 }
 
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads + kWarpSize, 1)
-    put_kernel(const __grid_constant__ PutLaunch p) {
+__global__ void __launch_bounds__(kThreads, 1) put_kernel(const __grid_constant__ PutLaunch p) {
   let_next_kernel_start();
-  for (uint32_t first = 0, end = 0; first < p.num_items; first = end) {
-    do ++end;
-    while (end < p.num_items && !p.items[end - 1].flag[0]);
-    const Item& last = p.items[end - 1];
-    for (uint32_t peer = 0; peer < p.num_peers; ++peer) {
-      if (threadIdx.x < kThreads) {
-        for (uint32_t i = first; i < end; ++i) put_item<Unit>(p.items[i], peer);
-      }
-      if (!last.flag[0]) continue;
-      __syncthreads();
-      // The other warps go on meanwhile: a flag says what is there, not what is not there yet.
-      if (threadIdx.x == kThreads) {
-        signal(last.flag[peer], &p.counters[(end - 1) * SF_MAX_PUT_PEERS + peer]);
-      }
-    }
+  const uint32_t first_peer = blockIdx.x % p.num_peers;
+  for (uint32_t i = 0; i < p.num_items; ++i) {
+    const Item& item = p.items[i];
+    put_item<Unit>(item, first_peer, p.num_peers);
+    if (!item.flag[0]) continue;
+    __syncthreads();
+    // Meanwhile the other warps go on: a flag says what is there, not what is not there yet.
+    if (threadIdx.x == 0) signal(item, &p.counters[i], first_peer, p.num_peers);
   }
 }
 
@@ -225,7 +228,7 @@ extern "C" int sf_put(const sf_put_args* args, void* stream) {
   launch.counters = args->counters;
   launch.num_items = static_cast<uint32_t>(args->num_items);
   launch.num_peers = static_cast<uint32_t>(args->num_peers);
-  kernel<<<static_cast<uint32_t>(args->num_blocks), kThreads + kWarpSize, 0,
+  kernel<<<static_cast<uint32_t>(args->num_blocks), kThreads, 0,
            static_cast<cudaStream_t>(stream)>>>(launch);
   return sf::check(cudaGetLastError(), "sf_put: launch of put_kernel");
 }

@@ -143,17 +143,15 @@ typedef struct {
 
 typedef struct {
   sf_put_item items[SF_MAX_PUT_ITEMS];
-  uint32_t* counters;  // this GPU's, SF_MAX_PUT_PEERS an item: 0 before and after, and no other
-                       // launch's between
+  uint32_t* counters;  // this GPU's, one an item: 0 before and after, and no other launch's between
   int32_t num_items, num_peers;
   int32_t num_blocks;  // thread blocks, and so the most multiprocessors that it takes
   int32_t reserved;
 } sf_put_args;
 
-// Copies the items to each of num_peers peers in one launch; they must not overlap. Items up to one
-// with flags go together, to one peer after another, then the next ones. A peer that reads its flag
-// of an item as 1, with system-wide acquire, sees the bytes of that item and of those before it,
-// also while later ones still move. An empty item sets its flags too.
+// Copies the items, one after another, to each of num_peers peers in one launch; they must not
+// overlap. A peer that reads an item's flag as 1, with system-wide acquire, sees the bytes of that
+// item and of those before it, also while later ones still move. An empty item sets its flags too.
 //
 // The kernel waits for nothing. One behind it on the stream that waits for flags of peers must be
 // launched with programmatic stream serialization; csrc/put.cu has the rules.

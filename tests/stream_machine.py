@@ -202,13 +202,9 @@ class FakeNative:
         machine.enqueue(stream, "put", partial(has_started.__setitem__, 0, True), lambda: True)
         beside = -1000 - stream
         machine.enqueue(beside, "put starts", lambda: None, lambda: has_started[0])
-        message: list[PutItem] = []
         for item in args.items[: args.num_items]:
-            message.append(item)
-            if item.flag[0]:
-                for peer, each in itertools.product(range(args.num_peers), message):
-                    machine.enqueue(beside, "put", partial(_put_item, each, peer), lambda: True)
-                message = []
+            for peer in range(args.num_peers):
+                machine.enqueue(beside, "put", partial(_put_item, item, peer), lambda: True)
         machine.enqueue(beside, "put ends", partial(over.__setitem__, 0, True), lambda: True)
 
     def check(self, status: int) -> None:

@@ -1,8 +1,9 @@
 """The puts of a layer with fused calls as one launch, for short layers.
 
 Copy engines cost nothing of a GPU's units, but some microseconds for each copy and each flag, and
-ranks that put long messages to one peer after another meet at the same peer. Where there is little
-to put a kernel of few blocks is done sooner, and the host has one thing to launch.
+ranks that put to one peer after another meet at the same peer. Where there is little to put to
+several peers a kernel of few blocks is done sooner: it loads each row once and stores it to all of
+them. And the host has one thing to launch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from swiftfusion_xdit.device_runtime import DeviceRunner
     from swiftfusion_xdit.device_runtime.program import Strides
 
-NUM_BLOCKS = 12  # of the kernel, a unit each until all is put: fewer do not fill the links
+NUM_BLOCKS = 12  # of the kernel, a unit each until all is put (results/puts_by_kernel.md)
 
 
 class PutCall:
@@ -40,7 +41,7 @@ class PutCall:
         self._runner, self._parity = runner, parity
         self._sources: list[tuple[str, int]] = []  # of each item: the input, the offset in it
         self._counters = torch.zeros(
-            MAX_PUT_ITEMS * MAX_PUT_PEERS, dtype=torch.int32, device=runner.buffer.local.device
+            MAX_PUT_ITEMS, dtype=torch.int32, device=runner.buffer.local.device
         )
         blocks = _to_all_peers(runner.plan, runner.rank)
         self._args = PutArgs(

@@ -21,18 +21,19 @@ from swiftfusion_xdit.schedule.steps import Program
 
 MOST_GROUPS = 4
 # Of keys and values of a rank, which go to every peer: up to here a kernel of few blocks puts them
-# in less time than copy engines, which need some microseconds for each message. Beyond, the units
-# that it takes are missed.
+# to several peers in less time than copy engines, which need some microseconds for each message.
+# Beyond, the units that it takes are missed (benchmarks/results/puts_by_kernel.md).
 MOST_KERNEL_BYTES = 16 * 2**20
-KERNEL_GROUPS = 6  # then, as a message costs next to nothing
+KERNEL_GROUPS = 2  # it puts wide rows faster than narrow ones
 
 
 def by_kernel(
     *, batch: int, key_lengths: Sequence[int], num_kv_heads: int, head_dim: int, itemsize: int
 ) -> bool:
-    """Whether the puts of such a layer are short enough for a kernel, on all ranks."""
+    """Whether a kernel takes the puts of such a layer, on all ranks."""
     row_bytes = 2 * num_kv_heads * head_dim * itemsize
-    return batch * max(key_lengths) * row_bytes <= MOST_KERNEL_BYTES
+    is_short = batch * max(key_lengths) * row_bytes <= MOST_KERNEL_BYTES
+    return is_short and len(key_lengths) > 2
 
 
 def fused_groups(

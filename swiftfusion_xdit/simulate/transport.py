@@ -108,8 +108,10 @@ NCCL_INSIDE = PathUse(0.81, NCCL_START_US)
 # to three reaches 362 to 366: the links are shared, not the engine
 # (benchmarks/results/peer_copies.json).
 ONE_SIDED_INSIDE = PathUse(several_peers=0.57)
-# The same by a kernel of few blocks, for fused layers whose puts are short.
-BY_KERNEL_INSIDE = PathUse(0.7, latency_us=0.3)
+# By a kernel of few blocks, for fused layers with short puts, to all peers at once: alone it reaches
+# 0.66 to 0.8, but no peer's rows are there before the others'. Fits FLUX 1024 on four H200, 226 us
+# (benchmarks/results/puts_by_kernel.md).
+BY_KERNEL_INSIDE = PathUse(0.54, latency_us=0.3)
 # Between the kernels of two layers, on two H100 in a CUDA graph. A fused one gives slots back.
 ONE_SIDED_LAYER_US, FUSED_LAYER_US = 20.0, 8.0
 NCCL_UNITS = 16  # blocks of a point-to-point kernel

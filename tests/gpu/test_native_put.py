@@ -77,9 +77,7 @@ class Flags:
         self.words = [
             torch.zeros(num_items + 2, dtype=torch.int32, device=device) for device in devices
         ]
-        self.counters = torch.zeros(
-            MAX_PUT_ITEMS * MAX_PUT_PEERS, dtype=torch.int32, device="cuda:0"
-        )
+        self.counters = torch.zeros(MAX_PUT_ITEMS, dtype=torch.int32, device="cuda:0")
 
     def of(self, item: int) -> list[Tensor]:
         return [words[item + 1 :] for words in self.words]
