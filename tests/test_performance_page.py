@@ -143,6 +143,34 @@ def test_models_show_what_all_steps_gain_and_what_is_left(tmp_path: Path) -> Non
     assert (a.name, b.name) == ("a", "b")
 
 
+def test_an_image_shows_the_ways_that_ran(tmp_path: Path) -> None:
+    def row(name: str, seconds: float, **more: Any) -> dict[str, Any]:
+        found = {"name": name, "strategy": name.split()[0], "plan": None, "failure": None}
+        times = {"image_s": quartiles(seconds), "samples_s": [[1.0, 2.0], [3.0]], "load_s": 4.4}
+        return {**found, **times, "usp_over": 5.0 / seconds, **more}
+
+    report = {
+        "benchmark": "image",
+        "settings": {"device": "cuda", "size": 512, "steps": 7},
+        "method": {"s / image": "As measured."},
+        "weights": "Random.",
+        "complete": False,
+        "results": [
+            row("usp u2 r1 FLASH_4", 5.0),
+            row("torus FLASH_4", 4.0, plan="ring=2"),
+            row("torus CUDNN", 4.0, failure="wrong"),
+        ],
+    }
+    (tmp_path / "image.json").write_text(json.dumps({**layer_report(), **report}))
+    (section,) = performance.read(tmp_path)
+    assert section.rows == (
+        ("512", "xDiT usp u2 r1 FLASH_4", "", "5.00", "1.00", "4", "3"),
+        ("512", "torus FLASH_4", "ring=2", "4.00", "1.25", "4", "3"),
+    )
+    assert [bar.median for bar in section.bars] == [5000, 4000]
+    assert "7 steps" in section.title and "ended before its last launch" in section.text
+
+
 def test_scaling_is_over_the_same_step_on_one_gpu(tmp_path: Path) -> None:
     one = step_report(1, [("stock", "slow", False, 30.0), ("stock", "fast", False, 20.0)])
     two = [("stock", "xDiT", False, 12.5), ("ours", "torus", False, 12.0)]

@@ -108,7 +108,7 @@ NCCL_INSIDE = PathUse(0.81, NCCL_START_US)
 # to three reaches 362 to 366: the links are shared, not the engine
 # (benchmarks/results/peer_copies.json).
 ONE_SIDED_INSIDE = PathUse(several_peers=0.57)
-# By a kernel of few blocks, for fused layers with short puts, to all peers at once: alone it reaches
+# By a kernel of few blocks, for short puts of fused layers, to all peers at once: alone it reaches
 # 0.66 to 0.8, but no peer's rows are there before the others'. Fits FLUX 1024 on four H200, 226 us
 # (benchmarks/results/puts_by_kernel.md).
 BY_KERNEL_INSIDE = PathUse(0.54, latency_us=0.3)

@@ -1,7 +1,7 @@
 """`swiftfusion bench report`: pages and pictures from the files that benchmarks left.
 
-Reads what `bench layer --json` and `model_step.py`, `layer_trace.py` and `peer_layer.py` of
-`benchmarks/` wrote. What all models gain comes first; then each file becomes a section with its
+Reads what `bench layer --json` and `model_step.py`, `image.py`, `layer_trace.py` and
+`peer_layer.py` of `benchmarks/` wrote. What all models gain comes first; then each file becomes a section with its
 hardware, versions and command, a table and a bar chart, and the timelines that lie beside it. What
 is slower is in it.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftfusion_xdit.cli.performance.draw import draw
+from swiftfusion_xdit.cli.performance.images import image_section
 from swiftfusion_xdit.cli.performance.layers import layer_section
 from swiftfusion_xdit.cli.performance.peers import peer_section
 from swiftfusion_xdit.cli.performance.section import Section
@@ -26,6 +27,7 @@ HEAD = "<!-- written by `swiftfusion bench report`; edits are lost -->"
 SECTIONS: dict[str, Callable[[str, dict[str, Any]], Section]] = {
     "layer": layer_section,
     "model_step": step_section,
+    "image": image_section,
     "layer_trace": trace_section,
     "peer_layer": peer_section,
 }
