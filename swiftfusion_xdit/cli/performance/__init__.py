@@ -1,9 +1,9 @@
 """`swiftfusion bench report`: pages and pictures from the files that benchmarks left.
 
 Reads what `bench layer --json` and `model_step.py`, `image.py`, `layer_trace.py` and
-`peer_layer.py` of `benchmarks/` wrote. What all models gain comes first; then each file becomes a section with its
-hardware, versions and command, a table and a bar chart, and the timelines that lie beside it. What
-is slower is in it.
+`peer_layer.py` of `benchmarks/` wrote. What all models gain comes first; then each file becomes a
+section with its hardware, versions and command, a table and a bar chart, and the timelines that lie
+beside it. What is slower is in it.
 """
 
 from __future__ import annotations
