@@ -25,7 +25,7 @@ STEP = "step"  # an event that the runtime recorded itself
 MOST_LABEL = 48  # characters
 
 _MARKER = re.compile("all_?reduce", re.IGNORECASE)
-_TRANSFER = re.compile("nccl|nvshmem|gloo:", re.IGNORECASE)
+_TRANSFER = re.compile("nccl|nvshmem|gloo:|put_kernel", re.IGNORECASE)
 _WAIT = re.compile("wait_tensor")
 # FlashAttention 4 and what extends it are named by their compiler.
 _ATTENTION = re.compile("flash|fmha|sdpa|attention|attn|kernel_cutlass_", re.IGNORECASE)

@@ -23,7 +23,7 @@ from swiftfusion_xdit.mesh import (
 )
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule import build
-from swiftfusion_xdit.schedule.fused import by_kernel, fused_groups
+from swiftfusion_xdit.schedule.fused import fused_groups, suit_a_kernel
 from swiftfusion_xdit.schedule.messages import messages
 from swiftfusion_xdit.schedule.steps import (
     Attend,
@@ -44,8 +44,9 @@ PIPELINED_GROUPS = 2  # where the device is not known
 FUSED_TILE_ROWS = 128  # keys that a fused call loads at a time
 NUM_PARITIES = 2  # even and odd layers have slots of their own
 ALIGNMENT_BYTES = 256
-# Of a message that is let arrive before the next turn: of shorter ones, whose copies take less than
-# about 20 us, the flags cost more than keeping in step saves.
+# Of a message that is let arrive before the next turn. Layers with messages of some MiB decided it:
+# with shorter ones they were slower in step (benchmarks/results/puts_to_several_peers.md). Copies
+# with nothing beside them gain from about 24 MiB on only.
 LEAST_TURN_BYTES = 4 * 2**20
 
 
@@ -76,8 +77,8 @@ class AttentionShape:
 
     @property
     def puts_by_kernel(self) -> bool:
-        """Whether a kernel puts what fused calls read, rather than copy engines."""
-        return by_kernel(
+        """Whether a kernel rather than copy engines puts what fused calls read."""
+        return suit_a_kernel(
             batch=self.batch,
             key_lengths=self.key_lengths,
             num_kv_heads=self.num_kv_heads,
@@ -305,7 +306,12 @@ class Plan:
 
     @cached_property
     def turns(self) -> dict[Message, Message]:
-        """Of each message that keeps turns: the one to its peer that its writer lets arrive."""
+        """Of each message that keeps turns: the one to its peer that its writer lets arrive.
+
+        None where ranks may put by a kernel, which tells of no arrival.
+        """
+        if self.schedule.name == "fused" and self.shape.puts_by_kernel:
+            return {}
         return {
             message: before
             for message, before in turns(self.schedule).items()

@@ -190,9 +190,8 @@ class FakeNative:
         self.machine.submit(lambda: enqueue(stream, "merge", lambda: _merge(args), lambda: True))
         return 0
 
-    def sf_put(self, reference: Any, stream: int) -> int:
-        self.machine.submit(partial(self._put, PutArgs.from_buffer_copy(reference._obj), stream))
-        return 0
+    def put(self, args: PutArgs, *, stream: int) -> None:
+        self.machine.submit(partial(self._put, PutArgs.from_buffer_copy(args), stream))
 
     def _put(self, args: PutArgs, stream: int) -> None:
         """Starts in the order of its stream, goes on beside it, and is over when all is there."""

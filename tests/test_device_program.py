@@ -21,7 +21,7 @@ from swiftfusion_xdit.device_runtime import DeviceRunner, calls, graphs, scratch
 from swiftfusion_xdit.device_runtime.fused import FusedCall
 from swiftfusion_xdit.device_runtime.graphs import MOST_GRAPHS, LayerGraphs, wants_graphs
 from swiftfusion_xdit.device_runtime.program import STREAMS
-from swiftfusion_xdit.device_runtime.puts import PutCall, puts_by_kernel
+from swiftfusion_xdit.device_runtime.puts import PutCall, can_put_by_kernel
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.native.ops import OpKind
 from swiftfusion_xdit.plan import NUM_PARITIES, AttentionShape, Plan, make_plan
@@ -241,7 +241,7 @@ def test_calls_that_wait_themselves(
 
 def test_fused_layers_as_replayed_graphs_follow_one_another(puts: str, machine: Machine) -> None:
     for seed, parities in enumerate([(0, 0, 0, 0), (1, 1, 0, 0, 1), (0, 1, 1, 1, 0, 0)] * 2):
-        check_layers(fused_plan((300, 170), 3), machine, seed, parities)
+        check_layers(fused_plan((200, 200, 200), 3), machine, seed, parities)
 
 
 def test_what_a_fused_call_read_goes_back_at_once(puts: str, machine: Machine) -> None:
@@ -278,7 +278,7 @@ def test_what_a_kernel_puts(puts: str, machine: Machine) -> None:
     """It needs one layout at all peers, and not too many of them."""
 
     def by_kernel(keys: tuple[int, ...], groups: int = 3) -> bool:
-        return puts_by_kernel(fused_plan(keys, groups), rank=0)
+        return can_put_by_kernel(fused_plan(keys, groups), rank=0)
 
     assert by_kernel((200, 200, 200)) == (puts == "kernel")
     assert not by_kernel((300, 60, 291))  # rows of samples lie farther apart at one of the two
@@ -294,12 +294,36 @@ def test_a_kernel_puts_on_the_stream_of_the_call(puts: str, machine: Machine) ->
         assert (calls == [PutCall, FusedCall]) == (streams == {0}) == (puts == "kernel")
 
 
+@pytest.mark.parametrize("least_turn_bytes", [0, 2**40], ids=["turns", "no turns"])
+def test_ranks_need_not_agree_on_who_puts(
+    least_turn_bytes: int, puts: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two samples, slots of uneven chunks lie apart differently at peers of some ranks."""
+    monkeypatch.setattr("swiftfusion_xdit.plan.LEAST_TURN_BYTES", least_turn_bytes)
+    plan = fused_plan((129, 128, 128), 2)
+    kernels = [can_put_by_kernel(plan, rank) for rank in range(3)]
+    assert any(kernels) == (puts == "kernel") and not all(kernels)
+    for seed in range(3):
+        check_layers(plan, machine, seed)
+
+
+def test_a_layer_is_noted_before_its_stream_waits(puts: str, machine: Machine) -> None:
+    """Else nobody would look for a peer that never gives slots back."""
+    runner: Any = Ranks(fused_plan((200, 200, 200), 3), machine).runners[0]
+    notes = {address for address, _ in runner.notes.begin_notes()}
+    for compiled in runner._compiled.values():
+        ops = compiled.program.ops
+        noted = [i for i, op in enumerate(ops) if op.dst_offset in notes and op.value]
+        waits = [i for i, op in enumerate(ops) if op.kind == OpKind.WAIT]
+        assert noted and max(noted) < min(waits)
+
+
 def test_fused_calls_do_wait(puts: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told of no flags, they read what is not there yet, in some order of the streams."""
-    monkeypatch.setattr(FusedCall, "_begins", lambda self, runner: [0] * (170 // 128 + 1))
+    monkeypatch.setattr(FusedCall, "_begins", lambda self, runner: [0] * (400 // 128 + 1))
     with pytest.raises(AssertionError):
         for seed in range(20):
-            check_layers(fused_plan((170, 170), 2), machine, seed)
+            check_layers(fused_plan((200, 200, 200), 2), machine, seed)
 
 
 @pytest.mark.parametrize("parities", [(0, 0, 0, 0), (1, 1, 0, 0, 1), (0, 1, 1, 1, 0, 0)], ids=str)

@@ -91,9 +91,9 @@ def test_warp_groups_without_rows_do_not_count(rows: int, head_dim: int, tiles: 
 
 
 def test_short_puts_to_several_peers_go_by_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured on four H200 at FLUX 1024, two head groups: 2.12 of the floor, by engines 2.45."""
+    """Measured on four H200 at FLUX 1024, two head groups: 226 us, and 260 by engines."""
     by_kernel = layer(FLUX_1024, 4, groups_per_rank=2)
-    assert by_kernel.total_us / by_kernel.floor_us == pytest.approx(2.12, rel=0.25)
+    assert by_kernel.total_us == pytest.approx(226, rel=0.05)
     two_ranks, long = layer(FLUX_1024, 2), layer(FLUX_2048, 4)
     # The package has a function of this name.
     monkeypatch.setattr(importlib.import_module(fused_groups.__module__), "MOST_KERNEL_BYTES", 0)

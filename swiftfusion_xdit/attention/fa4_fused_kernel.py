@@ -199,11 +199,11 @@ def _asm(text: str, constraints: str, result: Any, operands: list, loc: Any, ip:
 class _StartsEarly:
     """A kernel to launch, perhaps before the one in front of it has ended."""
 
-    def __init__(self, kernel: Any, if_set: Int32) -> None:
-        self._kernel, self._if_set = kernel, if_set
+    def __init__(self, kernel: Any, behind_puts: Int32) -> None:
+        self._kernel, self._behind_puts = kernel, behind_puts
 
     def launch(self, **how: Any) -> Any:
-        return self._kernel.launch(use_pdl=self._if_set, **how)
+        return self._kernel.launch(use_pdl=self._behind_puts, **how)
 
 
 class FusedForwardSm90(FlashAttentionForwardSm90):

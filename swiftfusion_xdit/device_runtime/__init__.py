@@ -1,5 +1,7 @@
 """Executes a program on a GPU: puts and flags are stream operations between attention calls.
 
+(Short puts of fused layers are a kernel's, see ``puts.py``.)
+
 Between two attention calls everything a program does is copies, flag writes, flag waits and the
 events that order streams. Those are compiled once per plan and input strides, and enqueued by one
 call into the native library; the host waits for nothing. ``compute`` is the caller's current

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from swiftfusion_xdit.comm.stream import StreamBuffer
 from swiftfusion_xdit.device_runtime.calls import AttendCall, MergeCall, Output
 from swiftfusion_xdit.device_runtime.fused import FusedCall
-from swiftfusion_xdit.device_runtime.puts import PutCall, puts_by_kernel
+from swiftfusion_xdit.device_runtime.puts import PutCall, can_put_by_kernel
 from swiftfusion_xdit.native import ABSOLUTE, Op, Place, Program
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule.hazards import dependencies
@@ -63,7 +63,7 @@ class Compiler:
         self.strides = dict(zip(INPUTS, strides, strict=True))
         self.program = runner.program
         # Then everything follows one another on one stream.
-        self.puts_by_kernel = puts_by_kernel(self.plan, runner.rank)
+        self.puts_by_kernel = can_put_by_kernel(self.plan, runner.rank)
         self.aside = 0 if self.puts_by_kernel else ASIDE
         assert isinstance(runner.buffer, StreamBuffer)
         self.buffer = runner.buffer
@@ -143,8 +143,8 @@ class Compiler:
     def _fused(self, step: Attend) -> None:
         """All fused calls in one launch, once own rows fill up the tile that holds two ranks'.
 
-        Every put of the layer has been enqueued by now: the kernel keeps the GPU to itself until
-        its peers have sent theirs, and these wait for nothing of it.
+        Every put of the layer has been enqueued by now, or goes by a kernel right in front: this
+        one keeps the GPU to itself until its peers have sent theirs, which wait for nothing of it.
         """
         stream, rank = self._stream(step), self.runner.rank
         call = FusedCall(self.runner, self.parity, stream, behind_puts=self.puts_by_kernel)
@@ -157,8 +157,7 @@ class Compiler:
             source = _Array(Place(INPUTS.index(tensor), 0), shape, self.strides[tensor])
             self._local_copy(stream, source, _Array(place, shape, array.strides))
         if self.puts_by_kernel:
-            strides = tuple(self.strides[tensor] for tensor in INPUTS)
-            self._call(PutCall(self.runner, self.parity, strides, stream), 0)
+            self._call(PutCall(self.runner, self.parity, self.strides, stream), 0)
         self._call(call, 0)
 
     def _merge(self, step: Merge) -> None:
@@ -182,13 +181,15 @@ class Compiler:
             self.ops.append(Op.wait_event(stream, event))
 
     def _begin(self) -> None:
-        """Take the slots that this rank's inputs go to; note the layer; offer its own slots.
+        """Note the layer; take the slots that this rank's inputs go to; offer its own slots.
 
         Readers have freed slots of inputs in the layer before the last, so nothing is waited for
         where peers keep up, and no put waits at a time when its peer waits for the put. Slots of
         outputs are free once their owner is here, and are needed late: offering them now keeps
         that off the end of the layer.
         """
+        # First, so that the watchdog looks while the layer's own stream waits.
+        self._note(self.aside, self.runner.notes.begin_notes())
         taken = defaultdict(list)
         for step in self._message_ends(Put):
             back = self.plan.return_block(self.runner.rank, step.peer, step.block)
@@ -197,7 +198,6 @@ class Compiler:
         for stream, flags in taken.items():
             self.ops += [Op.wait(stream, flag) for flag in flags]
             self.ops += [Op.clear(stream, flag) for flag in flags]
-        self._note(self.aside, self.runner.notes.begin_notes())
         for release in self._message_ends(Release):
             if release.block.tensor == "o":
                 self._release(self.aside, release.block, release.peer)

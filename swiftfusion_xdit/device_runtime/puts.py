@@ -8,7 +8,7 @@ them. And the host has one thing to launch.
 
 from __future__ import annotations
 
-from ctypes import byref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,6 @@ from swiftfusion_xdit.schedule.steps import Block
 
 if TYPE_CHECKING:
     from swiftfusion_xdit.device_runtime import DeviceRunner
-    from swiftfusion_xdit.device_runtime.program import Strides
 
 NUM_BLOCKS = 12  # of the kernel, a unit each until all is put (results/puts_by_kernel.md)
 
@@ -36,7 +35,14 @@ class PutCall:
 
     outputs: tuple[Output, ...] = ()
 
-    def __init__(self, runner: DeviceRunner, parity: int, strides: Strides, stream: int) -> None:
+    def __init__(
+        self,
+        runner: DeviceRunner,
+        parity: int,
+        strides: Mapping[str, tuple[int, ...]],
+        stream: int,
+    ) -> None:
+        """``strides``: of each input, in elements."""
         self.stream = stream
         self._runner, self._parity = runner, parity
         self._sources: list[tuple[str, int]] = []  # of each item: the input, the offset in it
@@ -44,6 +50,7 @@ class PutCall:
             MAX_PUT_ITEMS, dtype=torch.int32, device=runner.buffer.local.device
         )
         blocks = _to_all_peers(runner.plan, runner.rank)
+        assert len({peers for _, peers, _ in blocks}) == 1, blocks
         self._args = PutArgs(
             counters=self._counters.data_ptr(),
             num_items=len(blocks),
@@ -51,13 +58,13 @@ class PutCall:
             num_blocks=NUM_BLOCKS,
         )
         for idx, (block, peers, is_last) in enumerate(blocks):
-            self._args.items[idx] = self._item(block, peers, strides, is_last=is_last)
+            stride = strides[block.tensor]
+            self._args.items[idx] = self._item(block, peers, stride, is_last=is_last)
             heads = runner.plan.heads(block.tensor, block.heads)
-            stride = strides[("q", "k", "v").index(block.tensor)]
             self._sources.append((block.tensor, heads.start * stride[2] * self._itemsize))
 
     def _item(
-        self, block: Block, peers: tuple[int, ...], strides: Strides, *, is_last: bool
+        self, block: Block, peers: tuple[int, ...], stride: tuple[int, ...], *, is_last: bool
     ) -> PutItem:
         plan, buffer, parity = self._runner.plan, self._runner.buffer, self._parity
         assert isinstance(buffer, StreamBuffer)
@@ -70,7 +77,6 @@ class PutCall:
             if is_last:
                 flag = plan.full_flag(peer, block, parity)
                 item.flag[idx] = buffer.flag_address(flag, peer)
-        stride = strides[("q", "k", "v").index(block.tensor)]
         item.src_stride[:] = [step * self._itemsize for step in stride[:3]]
         item.head_bytes = head_dim * self._itemsize
         return item
@@ -90,11 +96,10 @@ class PutCall:
         for item, (tensor, offset) in zip(self._args.items, self._sources, strict=False):
             item.src = layer.inputs[tensor].data_ptr() + offset
         stream = torch.cuda.current_stream(layer.out.device).cuda_stream
-        native = self._runner.native
-        native.check(native.library.sf_put(byref(self._args), stream))
+        self._runner.native.put(self._args, stream=stream)
 
 
-def puts_by_kernel(plan: Plan, rank: int) -> bool:
+def can_put_by_kernel(plan: Plan, rank: int) -> bool:
     """Whether a kernel puts what this rank puts in a layer. Ranks need not agree.
 
     Every peer must get the same blocks, into slots of the same strides.

@@ -24,16 +24,20 @@ MOST_GROUPS = 4
 # to several peers in less time than copy engines, which need some microseconds for each message.
 # Beyond, the units that it takes are missed (benchmarks/results/puts_by_kernel.md).
 MOST_KERNEL_BYTES = 16 * 2**20
+MOST_KERNEL_RANKS = 8
 KERNEL_GROUPS = 2  # it puts wide rows faster than narrow ones
 
 
-def by_kernel(
+def suit_a_kernel(
     *, batch: int, key_lengths: Sequence[int], num_kv_heads: int, head_dim: int, itemsize: int
 ) -> bool:
-    """Whether a kernel takes the puts of such a layer, on all ranks."""
+    """Whether the puts of such a layer are best made by a kernel.
+
+    A rank where it cannot (`device_runtime/puts.py`) makes them by copy engines, in as many groups.
+    """
     row_bytes = 2 * num_kv_heads * head_dim * itemsize
     is_short = batch * max(key_lengths) * row_bytes <= MOST_KERNEL_BYTES
-    return is_short and len(key_lengths) > 2
+    return is_short and 2 < len(key_lengths) <= MOST_KERNEL_RANKS
 
 
 def fused_groups(

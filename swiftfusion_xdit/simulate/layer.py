@@ -15,7 +15,7 @@ from swiftfusion_xdit.simulate.program_ops import GraphBuilder
 from swiftfusion_xdit.simulate.setting import Setting
 from swiftfusion_xdit.simulate.sizes import BlockSizes, LayerShape
 from swiftfusion_xdit.simulate.timeline import Event
-from swiftfusion_xdit.simulate.transport import Transport, by_kernel
+from swiftfusion_xdit.simulate.transport import Transport, with_kernel_puts
 from swiftfusion_xdit.simulate.wiring import wire
 from swiftfusion_xdit.topology import Link as LinkClass
 
@@ -112,7 +112,7 @@ def simulate_layer(
     sizes = BlockSizes(shape, mesh, groups_per_rank, edge_heads)
     mesh.require(num_ranks=cluster.num_ranks, num_heads=shape.num_heads)
     if schedule == "fused" and shape.puts_by_kernel:
-        inside = by_kernel(inside)
+        inside = with_kernel_puts(inside)
     wiring = wire(schedule, sizes, cluster.topology, symmetric=symmetric)
     fabric = Fabric(
         cluster,

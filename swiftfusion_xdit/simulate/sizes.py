@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from swiftfusion_xdit.mesh import Mesh, head_group_sizes, split_counts
-from swiftfusion_xdit.schedule.fused import by_kernel
+from swiftfusion_xdit.schedule.fused import suit_a_kernel
 from swiftfusion_xdit.schedule.steps import Block
 from swiftfusion_xdit.simulate.hardware import require_positive
 
@@ -58,8 +58,8 @@ class LayerShape:
 
     @property
     def puts_by_kernel(self) -> bool:
-        """Whether a kernel puts what fused calls read, rather than copy engines."""
-        return by_kernel(
+        """Whether a kernel rather than copy engines puts what fused calls read."""
+        return suit_a_kernel(
             batch=self.batch,
             key_lengths=self.key_lengths,
             num_kv_heads=self.num_kv_heads,

@@ -109,8 +109,8 @@ NCCL_INSIDE = PathUse(0.81, NCCL_START_US)
 # (benchmarks/results/peer_copies.json).
 ONE_SIDED_INSIDE = PathUse(several_peers=0.57)
 # By a kernel of few blocks, for short puts of fused layers, to all peers at once: alone it reaches
-# 0.66 to 0.8, but no peer's rows are there before the others'. Fits FLUX 1024 on four H200, 226 us
-# (benchmarks/results/puts_by_kernel.md).
+# 0.66 to 0.8, but no peer's rows are there before the others'. So FLUX 1024 on four H200 takes the
+# 226 us that it took (benchmarks/results/puts_by_kernel.md).
 BY_KERNEL_INSIDE = PathUse(0.54, latency_us=0.3)
 # Between the kernels of two layers, on two H100 in a CUDA graph. A fused one gives slots back.
 ONE_SIDED_LAYER_US, FUSED_LAYER_US = 20.0, 8.0
@@ -129,7 +129,7 @@ def one_sided(constants: Constants = CONSTANTS, *, barriers: bool = False) -> Tr
     )
 
 
-def by_kernel(transport: Transport) -> Transport:
+def with_kernel_puts(transport: Transport) -> Transport:
     """Puts inside a machine by a kernel beside the fused call that needs those of others."""
     return dataclasses.replace(transport, inside=BY_KERNEL_INSIDE)
 
