@@ -23,7 +23,7 @@ from swiftfusion_xdit.mesh import (
 )
 from swiftfusion_xdit.region import Region
 from swiftfusion_xdit.schedule import build
-from swiftfusion_xdit.schedule.fused import fused_groups, suit_a_kernel
+from swiftfusion_xdit.schedule.fused import fused_groups, suits_kernel_puts
 from swiftfusion_xdit.schedule.messages import messages
 from swiftfusion_xdit.schedule.steps import (
     Attend,
@@ -76,15 +76,8 @@ class AttentionShape:
         return self.head_dim, self.dtype
 
     @property
-    def puts_by_kernel(self) -> bool:
-        """Whether a kernel rather than copy engines puts what fused calls read."""
-        return suit_a_kernel(
-            batch=self.batch,
-            key_lengths=self.key_lengths,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            itemsize=self.dtype.itemsize,
-        )
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
 
     def lengths(self, tensor: TensorName) -> tuple[int, ...]:
         """Rows of every chunk of a tensor."""
@@ -304,13 +297,18 @@ class Plan:
             return self._last_blocks[writer, owner]
         return self.message_block(owner, block)
 
+    @property
+    def puts_by_kernel(self) -> bool:
+        """Whether a kernel puts, on ranks where it can, what fused calls read."""
+        return self.schedule.name == "fused" and suits_kernel_puts(self.shape)
+
     @cached_property
     def turns(self) -> dict[Message, Message]:
         """Of each message that keeps turns: the one to its peer that its writer lets arrive.
 
         None where ranks may put by a kernel, which tells of no arrival.
         """
-        if self.schedule.name == "fused" and self.shape.puts_by_kernel:
+        if self.puts_by_kernel:
             return {}
         return {
             message: before
@@ -415,7 +413,7 @@ def make_plan(
             shape.num_kv_heads,
             wanted=groups_per_rank,
             heads_at_once=num_units / _tiles_per_head(shape, max(shape.query_lengths)),
-            put_by_kernel=shape.puts_by_kernel,
+            put_by_kernel=suits_kernel_puts(shape),
         )
     choose_mesh = {"usp": usp_mesh, "tas": paper_mesh, "torus": torus_mesh}[strategy]
     mesh = mesh or choose_mesh(topology, shape.num_heads)

@@ -83,7 +83,7 @@ class PutCall:
 
     @property
     def _itemsize(self) -> int:
-        return self._runner.plan.shape.dtype.itemsize
+        return self._runner.plan.shape.itemsize
 
     def prepare(self, layer: Layer) -> None:
         """Nothing: the library has loaded its kernels."""
@@ -104,7 +104,7 @@ def can_put_by_kernel(plan: Plan, rank: int) -> bool:
 
     Every peer must get the same blocks, into slots of the same strides.
     """
-    if not plan.schedule.programs[rank].fused_calls or not plan.shape.puts_by_kernel:
+    if not plan.puts_by_kernel:
         return False
     blocks = _to_all_peers(plan, rank)
     first = 0 if plan.shape.batch > 1 else 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from swiftfusion_xdit.mesh import AXES, Mesh, paper_mesh
-from swiftfusion_xdit.schedule.fused import fused_groups
+from swiftfusion_xdit.schedule.fused import fused_groups, suits_kernel_puts
 from swiftfusion_xdit.simulate.hardware import Cluster
 from swiftfusion_xdit.simulate.sizes import LayerShape
 from swiftfusion_xdit.topology import Topology
@@ -158,7 +158,7 @@ def schedules_on(
         if name == "fused":
             if mesh.num_head_groups == 1 < mesh.size:
                 groups, _ = fused_groups(
-                    shape.num_heads, shape.num_kv_heads, put_by_kernel=shape.puts_by_kernel
+                    shape.num_heads, shape.num_kv_heads, put_by_kernel=suits_kernel_puts(shape)
                 )
                 yield Candidate(strategy, mesh, name, groups)
             continue

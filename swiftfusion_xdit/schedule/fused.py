@@ -13,7 +13,7 @@ tiles wait for next to nothing, and those that do wait take fewer tiles in the e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Protocol
 
 from swiftfusion_xdit.mesh import Mesh
 from swiftfusion_xdit.schedule.program_builder import ProgramBuilder
@@ -28,16 +28,29 @@ MOST_KERNEL_RANKS = 8
 KERNEL_GROUPS = 2  # it puts wide rows faster than narrow ones
 
 
-def suit_a_kernel(
-    *, batch: int, key_lengths: Sequence[int], num_kv_heads: int, head_dim: int, itemsize: int
-) -> bool:
-    """Whether the puts of such a layer are best made by a kernel.
+class KeySizes(Protocol):
+    """Of a layer's keys and values, by rank: rows, heads, and bytes of an element."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def key_lengths(self) -> tuple[int, ...]: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def itemsize(self) -> int: ...
+
+
+def suits_kernel_puts(shape: KeySizes) -> bool:
+    """Whether the puts of a fused layer are best made by a kernel.
 
     A rank where it cannot (`device_runtime/puts.py`) makes them by copy engines, in as many groups.
     """
-    row_bytes = 2 * num_kv_heads * head_dim * itemsize
-    is_short = batch * max(key_lengths) * row_bytes <= MOST_KERNEL_BYTES
-    return is_short and 2 < len(key_lengths) <= MOST_KERNEL_RANKS
+    row_bytes = 2 * shape.num_kv_heads * shape.head_dim * shape.itemsize
+    is_short = shape.batch * max(shape.key_lengths) * row_bytes <= MOST_KERNEL_BYTES
+    return is_short and 2 < len(shape.key_lengths) <= MOST_KERNEL_RANKS
 
 
 def fused_groups(

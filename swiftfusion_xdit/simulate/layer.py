@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from swiftfusion_xdit.mesh import Mesh
+from swiftfusion_xdit.schedule.fused import suits_kernel_puts
 from swiftfusion_xdit.schedule.steps import Put
 from swiftfusion_xdit.simulate.cost import Costs
 from swiftfusion_xdit.simulate.engine import Engine, Op, OpGraph
@@ -111,7 +112,7 @@ def simulate_layer(
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
     sizes = BlockSizes(shape, mesh, groups_per_rank, edge_heads)
     mesh.require(num_ranks=cluster.num_ranks, num_heads=shape.num_heads)
-    if schedule == "fused" and shape.puts_by_kernel:
+    if schedule == "fused" and suits_kernel_puts(shape):
         inside = with_kernel_puts(inside)
     wiring = wire(schedule, sizes, cluster.topology, symmetric=symmetric)
     fabric = Fabric(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from swiftfusion_xdit.mesh import Mesh, head_group_sizes, split_counts
-from swiftfusion_xdit.schedule.fused import suit_a_kernel
 from swiftfusion_xdit.schedule.steps import Block
 from swiftfusion_xdit.simulate.hardware import require_positive
 
@@ -55,17 +54,6 @@ class LayerShape:
         """Self-attention of ``sequence`` rows, split over the ranks as evenly as rows allow."""
         lengths = tuple(split_counts(sequence, num_ranks))
         return cls(batch, lengths, lengths, num_heads, num_heads, head_dim)
-
-    @property
-    def puts_by_kernel(self) -> bool:
-        """Whether a kernel rather than copy engines puts what fused calls read."""
-        return suit_a_kernel(
-            batch=self.batch,
-            key_lengths=self.key_lengths,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            itemsize=self.itemsize,
-        )
 
     @property
     def is_even(self) -> bool:
